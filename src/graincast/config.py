@@ -1,0 +1,227 @@
+"""The configuration tree: every setting of the loop, typed, with its unit and its default.
+
+A configuration file is exactly what ``zenml pipeline run -c`` takes; graincast's own settings stand under
+``parameters: config:``. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graincast.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, values frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VirtualSem(Section):
+    """Imaging physics of the virtual SEM; the effects are described in `graincast.microscope.virtual_sem`."""
+
+    topography: float = Field(0.22, ge=0, description="secondary-electron yield gained on tilted surface, fraction of the mean signal")
+    groove_depth_um: float = Field(0.12, ge=0, description="depth of the thermal groove at a grain boundary, um")
+    groove_width_um: float = Field(0.16, gt=0, description="half width of the groove, um")
+    edge_brightening: float = Field(0.18, ge=0, description="extra signal on the groove's shoulders, fraction of the mean signal")
+    channelling: float = Field(0.12, ge=0, description="spread (standard deviation) of the grains' channelling contrast, fraction of the mean signal")
+    shading: float = Field(0.10, ge=0, description="detector shading from one side of the field to the other, fraction of the mean signal")
+    probe_um: float = Field(0.045, ge=0, description="probe size (standard deviation of the Gaussian blur), um")
+    electrons: float = Field(250.0, gt=0, description="mean detected electrons a pixel; shot noise follows from it")
+    detector_noise: float = Field(0.015, ge=0, description="additive electronic noise, fraction of full scale")
+    line_jitter_px: float = Field(0.3, ge=0, description="random shift of each scan line, standard deviation, px")
+    line_gain: float = Field(0.01, ge=0, description="random gain of each scan line, standard deviation, fraction")
+    drift_px: float = Field(1.5, ge=0, description="specimen drift over one frame, px")
+    charging: float = Field(0.05, ge=0, description="bright trails after bright features along the scan, fraction of full scale")
+    contamination: float = Field(0.5, ge=0, description="contamination spots per 1000 um2")
+    gain: float = Field(0.85, gt=0, description="detector gain; 1 places the mean signal at mid scale")
+    offset: float = Field(0.06, description="detector offset (brightness), fraction of full scale")
+
+
+class VirtualSession(Section):
+    """A session of the virtual SEM: micrographs with exact truth, written as a folder of TIFFs with an info bar."""
+
+    micrographs: int = Field(8, ge=1, description="micrographs that the loop may see")
+    held_out: int = Field(4, ge=0, description="further micrographs with masks that no stage sees before the evaluation")
+    size: int = Field(512, ge=64, description="width and height of the imaged field, px (the info bar is added below)")
+    pixel_size_um: float = Field(0.05, gt=0, description="pixel size, um")
+    grain_diameter_um: float = Field(1.9, gt=0, description="mean equivalent grain diameter, um")
+    sem: VirtualSem = VirtualSem()
+    seed: int = Field(101, ge=0, description="seed of grains and imaging")
+
+
+class Session(Section):
+    """Where the micrographs come from."""
+
+    folder: str | None = Field(None, description="folder of micrographs (searched recursively) or one file; null takes the virtual SEM")
+    masks: str | None = Field(None, description="folder of expert masks named like the micrographs (255 = boundary line), for the evaluation only; null: none")
+    virtual: VirtualSession = VirtualSession()
+
+
+class Simulate(Section):
+    """The phase-field grain simulator."""
+
+    translator_structures: int = Field(16, ge=1, description="morphologies the translator learns from")
+    synthetic_structures: int = Field(24, ge=1, description="unseen morphologies for the synthetic training set")
+    validation_structures: int = Field(6, ge=1, description="unseen morphologies for the held-out synthetic set")
+    size: int = Field(256, ge=32, description="width and height of a morphology, px")
+    grains: int = Field(72, ge=2, description="grains a morphology starts with")
+    area_spread: float = Field(0.35, ge=0, le=1, description="coefficient of variation of the initial grain areas; 0 = nearly equal, about 0.53 = Poisson-Voronoi")
+    steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
+    time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
+    grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
+    boundary_level: float = Field(0.75, gt=0, lt=1, description="pixels where phi = sum eta^2 lies below this are boundary")
+    seed: int = Field(0, ge=0, description="seed; structure k of the library depends on (seed, k) alone")
+
+
+class Ingest(Section):
+    """Reading and preparing real micrographs."""
+
+    pixel_size_um: float | None = Field(None, gt=0, description="pixel size in um of files whose metadata has none; null: unknown")
+    require_pixel_size: bool = Field(False, description="refuse files without a known pixel size")
+    cut_info_bar: bool = Field(True, description="find and cut the instrument's info bar")
+    scale: float | None = Field(None, gt=0, description="resampling factor (output px per input px) of every file; null: chosen from the images")
+    clahe_clip: float = Field(0.01, ge=0, le=1, description="clip limit of the contrast-limited histogram equalisation; 0 switches it off")
+    clahe_tile_grains: float = Field(4.0, gt=0, description="tile of the histogram equalisation, in grain diameters")
+    min_size: int = Field(64, ge=16, description="smallest width and height after cutting and resampling, px")
+    max_saturated: float = Field(0.5, ge=0, le=1, description="largest fraction of pixels at either end of the grey scale")
+    min_contrast: float = Field(0.01, ge=0, le=1, description="smallest 1 to 99 % grey-level range, fraction of full scale")
+
+
+class Translator(Section):
+    """The CycleGAN between simulation and SEM (Zhu et al. 2017)."""
+
+    steps: int = Field(400, ge=1, description="optimiser steps of generators and discriminators")
+    batch: int = Field(4, ge=1, description="crops a step")
+    crop: int = Field(128, ge=32, multiple_of=8, description="crop side, px")
+    filters: int = Field(24, ge=4, description="filters of the generators' first layer")
+    residual_blocks: int = Field(3, ge=0, description="residual blocks of each generator")
+    learning_rate: float = Field(4e-4, gt=0, description="Adam learning rate of generators and discriminators")
+    decay_from: float = Field(0.5, ge=0, le=1, description="fraction of the steps after which the learning rate falls linearly to 0")
+    cycle_weight: float = Field(10.0, ge=0, description="weight of the cycle-consistency losses")
+    identity_weight: float = Field(2.0, ge=0, description="weight of the identity losses")
+    polarity_weight: float = Field(1.0, ge=0, description="weight of the guard against contrast inversion")
+    pool: int = Field(50, ge=0, description="images in the history pool that feeds the discriminators; 0: none")
+    seed: int = Field(0, ge=0, description="seed of initial weights, crops and noise")
+    device: str = Field("auto", description="auto (CUDA when it is there), cpu, cuda or cuda:N")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast where the processor has it in hardware")
+
+
+class Synthesise(Section):
+    """Drawing the labelled synthetic set."""
+
+    copies: int = Field(1, ge=1, description="translations drawn from each morphology, with different noise")
+    min_fidelity: float = Field(0.5, ge=0, le=1, description="label fidelity below which a translated image is dropped")
+    seed: int = Field(0, ge=0, description="seed of the translator's noise input")
+
+
+class Augment(Section):
+    """Augmentation that imitates the microscope; every effect is drawn anew for every crop."""
+
+    gain: float = Field(0.25, ge=0, le=1, description="largest relative change of contrast")
+    offset: float = Field(0.10, ge=0, le=1, description="largest change of brightness, fraction of full scale")
+    blur_px: float = Field(1.2, ge=0, description="largest Gaussian blur (standard deviation), px")
+    noise: float = Field(0.06, ge=0, description="largest shot noise at mid grey (standard deviation), fraction of full scale")
+    line_noise: float = Field(0.02, ge=0, description="largest scan-line noise (standard deviation), fraction of full scale")
+    zoom: float = Field(1.35, ge=1, description="largest change of scale, either way")
+
+
+class Segmenter(Section):
+    """The U-Net and its training."""
+
+    architecture: str = Field("Unet", description="decoder, a segmentation-models-pytorch architecture")
+    encoder: str = Field("resnet18", description="encoder, a segmentation-models-pytorch encoder")
+    encoder_weights: str | None = Field(None, description="pretrained encoder weights, e.g. imagenet (needs a network); null: from scratch")
+    epochs: int = Field(30, ge=1, description="epochs at most; an epoch sees every synthetic image once")
+    crops_per_image: int = Field(4, ge=1, description="random crops drawn from each image an epoch")
+    batch: int = Field(8, ge=1, description="crops a step")
+    crop: int = Field(128, ge=32, multiple_of=32, description="crop side, px")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest")
+    patience: int = Field(8, ge=1, description="epochs without a better validation loss before training stops")
+    augment: Augment = Augment()
+    seed: int = Field(0, ge=0, description="seed of initial weights, crops and augmentation")
+    device: str = Field("auto", description="auto (CUDA when it is there), cpu, cuda or cuda:N")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast where the processor has it in hardware")
+
+
+class Evaluate(Section):
+    """Measuring the segmenter."""
+
+    overlays: int = Field(4, ge=0, description="overlay figures a set")
+    baseline_window: int = Field(51, ge=3, description="window of the classical baseline's local threshold, px of the original image")
+    baseline_sigma: float = Field(1.5, ge=0, description="Gaussian smoothing before the classical baseline's threshold, px")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    session: Session = Session()
+    simulate: Simulate = Simulate()
+    ingest: Ingest = Ingest()
+    translator: Translator = Translator()
+    synthesise: Synthesise = Synthesise()
+    segmenter: Segmenter = Segmenter()
+    evaluate: Evaluate = Evaluate()
+
+
+def parse_config(values: dict[str, Any] | None, source: str = "config") -> Config:
+    """Check a configuration mapping.
+
+    Parameters
+    ----------
+    values : dict or None
+        The tree under ``parameters: config:``; missing keys take their defaults.
+    source : str
+        Name of the file, for messages.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    UserError
+        For an unknown key (naming the nearest valid one) or a value of the wrong type or range.
+    """
+    try:
+        return Config.model_validate(values or {})
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def load_config(path: Path | str) -> Config:
+    """Read the configuration of a ``zenml pipeline run -c`` file.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, no YAML, has no ``parameters: config:`` tree, or `parse_config` refuses it.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a YAML configuration: {error}") from error
+    try:
+        tree = document["parameters"]["config"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} has no 'parameters: config:' section; configs/demo.yaml shows one") from None
+    return parse_config(tree, str(path))
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    section: Any = Config
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    valid = list(section.model_fields)
+    nearest = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"valid keys are {', '.join(valid)}"
+    return f"unknown key '{key}', {hint}"
