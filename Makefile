@@ -1,0 +1,59 @@
+# make demo                      the whole loop on the embedded virtual SEM
+# make demo SEM_DIR=folder       the same on a folder of micrographs (or one file); MASK_DIR=folder: its expert masks
+# make test | lint | dashboards | clean
+#
+# Every target sets up what it needs: virtual environment, pinned packages, ZenML stack, MLflow, DVC.
+
+PYTHON ?= python3.11
+SEM_DIR ?=
+MASK_DIR ?=
+
+ENV := . ./env.sh
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+
+# The stack is set up once for every place that the environment points it at.
+PLACES := $(shell $(ENV) && echo "$$ZENML_CONFIG_PATH $$ZENML_STORE_URL $$ZENML_ACTIVE_STACK_ID $$MLFLOW_TRACKING_URI" | cksum | cut -d' ' -f1)
+INSTALLED := .venv/.installed
+STACK := .graincast/stack-$(PLACES)
+
+.PHONY: setup demo test lint dashboards clean
+
+setup: $(STACK)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x .venv/bin/pip || { echo "creating .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "installing the packages of requirements.lock (a few minutes, about 6 GB)"
+	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(PIP) check
+	@touch $@
+
+$(STACK): $(INSTALLED) pipelines/stack.py env.sh
+	@echo "setting up the ZenML stack, MLflow and DVC"
+	@mkdir -p .graincast
+	@$(ENV) && python -m pipelines.stack
+	@touch $@
+
+demo: setup
+	@$(ENV) && config=configs/demo.yaml && \
+	if [ -n "$(SEM_DIR)" ]; then \
+		config=.graincast/demo-$$$$.yaml && \
+		graincast configure configs/demo.yaml --set session.folder="$(SEM_DIR)" \
+			$(if $(MASK_DIR),--set session.masks="$(MASK_DIR)") -o $$config; \
+	fi && \
+	zenml pipeline run pipelines.training.training_pipeline -c $$config
+
+test: setup
+	@$(ENV) && python -m pytest
+
+lint: $(INSTALLED)
+	@$(ENV) && ruff check . && mypy
+
+# ZenML's dashboard stays in the background until `zenml logout --local`; MLflow's runs until Ctrl-C.
+dashboards: setup
+	@$(ENV) && zenml login --local && mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI"
+
+# Everything that runs made, the versions in the DVC cache and the local servers' databases included.
+clean:
+	rm -rf runs .graincast .zen .dvc/cache .dvc/tmp .pytest_cache .mypy_cache .ruff_cache .hypothesis build
