@@ -107,6 +107,7 @@ def add(folder: Path | str) -> Version:
     from dvc_data.hashfile.build import build
     from dvc_data.hashfile.checkout import checkout
     from dvc_data.hashfile.transfer import transfer
+    from dvc_objects.fs.generic import test_links
 
     folder = Path(folder).absolute()
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -114,6 +115,8 @@ def add(folder: Path | str) -> Version:
     with _project(folder) as repo:
         cache = repo.cache.local
         staging, meta, tree = build(cache, str(folder), repo.fs, "md5")
+        # DVC takes a plain copy for a reflink: given the whole list, it leaves two copies where there are none.
+        cache.cache_types = test_links(cache.cache_types, cache.fs, cache.path, repo.fs, str(folder))[:1]
         hardlink = cache.cache_types[0] == "hardlink"
         result = transfer(staging, cache, {tree.hash_info}, shallow=False, hardlink=hardlink)
         _complete(result.failed, f"cache {cache.path}")
