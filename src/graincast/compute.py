@@ -1,0 +1,76 @@
+"""Device, precision and seeding: the few decisions that every training and prediction shares."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+
+from graincast.errors import UserError
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""Receives (step, losses and metrics by name) while something trains."""
+
+
+def pick_device(name: str) -> torch.device:
+    """Device for a configuration's ``device``: ``auto`` takes CUDA when it is there.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown, or names a CUDA device this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}' is unknown; auto, cpu, cuda or cuda:N would be right") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{name}' is not there ({torch.cuda.device_count()} CUDA devices found); auto would be right")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast context for a configuration's ``precision`` (``auto``, ``float32``, ``bfloat16``)."""
+    enabled = precision == "bfloat16" or (precision == "auto" and _has_fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Layout of image batches: channels last on CUDA; on CPUs oneDNN is 3 to 5 times faster with contiguous ones here."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run the body with torch's generators at `seed` and deterministic algorithms; restore both afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a fifth of every step
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def random_crop(image: np.ndarray, side: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Slices of a random `side` x `side` window of a 2-D `image`, which must be at least that large."""
+    y, x = (int(rng.integers(0, extent - side + 1)) for extent in image.shape[:2])
+    return slice(y, y + side), slice(x, x + side)
+
+
+def dihedral(array: np.ndarray, symmetry: int) -> np.ndarray:
+    """One of the eight symmetries (0 to 7) of the square, applied to the last two axes."""
+    turned = np.rot90(array, symmetry % 4, axes=(-2, -1))
+    return turned[..., ::-1] if symmetry >= 4 else turned

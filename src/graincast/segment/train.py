@@ -1,0 +1,139 @@
+"""Training the segmenter on a labelled synthetic set."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from graincast.compute import Log, autocast, memory_format, pick_device, seeded
+from graincast.errors import UserError
+from graincast.evaluate.metrics import score_labels
+from graincast.segment.augment import augmented_crop
+from graincast.segment.instances import instances
+from graincast.segment.network import build_network, standardise, targets
+from graincast.segment.segmenter import Segmenter, predict_maps
+
+if TYPE_CHECKING:
+    from graincast.config import Segmenter as SegmenterConfig
+
+SEED_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Depths tried for the watershed's seeds; the best on the held-out synthetic set is kept."""
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config: SegmenterConfig, *, log: Log | None = None) -> Segmenter:
+    """Train a segmenter on (image, instance ids) pairs.
+
+    Parameters
+    ----------
+    training, validation : sequence of (ndarray, ndarray)
+        uint8 images and int32 instance ids (0 = boundary), (height, width); the two share no morphology.
+    config : graincast.config.Segmenter
+        Network, schedule, augmentation and seed.
+    log : callable, optional
+        Called with (epoch, figures) after every epoch.
+
+    Returns
+    -------
+    Segmenter
+        The weights of the epoch with the smallest validation loss, the seed level that scores best on `validation`.
+
+    Raises
+    ------
+    UserError
+        If a set is empty, an image is smaller than a crop, or the loss stops being finite.
+    """
+    _check(training, validation, config.crop)
+    device = pick_device(config.device)
+    with seeded(config.seed):
+        network = build_network(config.architecture, config.encoder, config.encoder_weights)
+        network = network.to(device, memory_format=memory_format(device))
+        optimiser = torch.optim.Adam(network.parameters(), config.learning_rate)
+        steps = max(1, math.ceil(len(training) * config.crops_per_image / config.batch))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15)
+        rng = np.random.default_rng(config.seed)
+        best, best_loss, stale = copy.deepcopy(network.state_dict()), math.inf, 0
+        progress = tqdm(range(config.epochs), desc="segmenter", unit="epoch", disable=None)
+        for epoch in progress:
+            network.train()
+            losses = []
+            for images, truth in _batches(training, config, rng):
+                with autocast(device, config.precision):
+                    logits = network(images.to(device, memory_format=memory_format(device)))
+                loss = segmentation_loss(logits.float(), truth.to(device))
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+            val_loss = _validation_loss(network, validation, device, config.precision)
+            if not math.isfinite(val_loss):
+                raise UserError(f"the segmenter's loss is no longer finite in epoch {epoch}; a smaller segmenter.learning_rate would be right")
+            if log:
+                log(epoch, {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": schedule.get_last_lr()[0]})
+            progress.set_postfix(train=f"{np.mean(losses):.3f}", validation=f"{val_loss:.3f}")
+            stale = 0 if val_loss < best_loss else stale + 1
+            if val_loss < best_loss:
+                best, best_loss = copy.deepcopy(network.state_dict()), val_loss
+            if stale >= config.patience:
+                break
+        network.load_state_dict(best)
+        network.to(memory_format=torch.contiguous_format).eval()
+        seed_level = _best_seed_level(network, validation, config.precision)
+    return Segmenter(network, seed_level, config.model_dump())
+
+
+def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy on both channels plus the Dice loss (Milletari et al. 2016) of the thin boundary line.
+
+    Parameters
+    ----------
+    logits, truth : Tensor
+        (batch, 2, height, width); `truth` in [0, 1] as `graincast.segment.network.targets` makes it.
+    """
+    line, true_line = torch.sigmoid(logits[:, 0]), truth[:, 0]
+    dice = 1 - (2 * (line * true_line).sum() + 1) / (line.sum() + true_line.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, truth) + 0.5 * dice
+
+
+def _batches(training: Sequence[Pair], config: SegmenterConfig, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    order = rng.permutation(np.repeat(np.arange(len(training)), config.crops_per_image))
+    for start in range(0, len(order), config.batch):
+        crops = [augmented_crop(*training[i], config.crop, config.augment, rng) for i in order[start : start + config.batch]]
+        yield (torch.from_numpy(np.stack([standardise(image) for image, _ in crops])[:, None]),
+               torch.from_numpy(np.stack([targets(labels) for _, labels in crops])))
+
+
+@torch.no_grad()
+def _validation_loss(network: torch.nn.Module, validation: Sequence[Pair], device: torch.device, precision: str) -> float:
+    network.eval()
+    losses = []
+    for image, labels in validation:
+        maps = torch.from_numpy(predict_maps(network, image, precision))[None].clamp(1e-4, 1 - 1e-4)
+        losses.append(float(segmentation_loss(torch.logit(maps), torch.from_numpy(targets(labels))[None])))
+    return float(np.mean(losses))
+
+
+def _best_seed_level(network: torch.nn.Module, validation: Sequence[Pair], precision: str) -> float:
+    maps = [predict_maps(network, image, precision) for image, _ in validation]
+
+    def quality(level: float) -> float:
+        return float(np.mean([score_labels(instances(m, level), labels)["pq"] for m, (_, labels) in zip(maps, validation, strict=True)]))
+
+    return max(SEED_LEVELS, key=quality)
+
+
+def _check(training: Sequence[Pair], validation: Sequence[Pair], crop: int) -> None:
+    for name, pairs in (("training", training), ("validation", validation)):
+        if not pairs:
+            raise UserError(f"the segmenter's {name} set is empty; at least one labelled image is needed")
+    smallest = min(min(image.shape) for image, _ in training)
+    if smallest < crop:
+        raise UserError(f"a synthetic image of {smallest} px is smaller than segmenter.crop of {crop} px; a smaller crop or a larger simulate.size would be right")

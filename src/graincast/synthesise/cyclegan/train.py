@@ -1,0 +1,278 @@
+"""Training the CycleGAN (Zhu et al. 2017, doi:10.1109/ICCV.2017.244) and using it as a `Synthesiser`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from graincast.compute import Log, autocast, dihedral, memory_format, pick_device, random_crop, seeded
+from graincast.errors import UserError
+from graincast.synthesise.cyclegan.model import Discriminator, Generator
+
+if TYPE_CHECKING:
+    from graincast.config import Translator as TranslatorConfig
+
+WEIGHTS = "translator.safetensors"
+AVERAGING = 0.98
+"""Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
+POLARITY_MARGIN = 0.3
+"""Correlation of input and output detail below which the guard against contrast inversion pushes back."""
+
+
+@dataclass
+class CycleGAN:
+    """A trained pair of generators.
+
+    Attributes
+    ----------
+    forward : Generator
+        F, simulation -> SEM, with a noise channel.
+    backward : Generator
+        G, SEM -> simulation.
+    bright_boundaries : bool
+        Whether boundaries are brighter than grains in the micrographs; simulated pictures, whose boundaries are dark,
+        are then inverted before F sees them, so that F never has to turn contrast round.
+    config : dict
+        The configuration it was trained with.
+    """
+
+    forward: Generator
+    backward: Generator
+    bright_boundaries: bool
+    config: dict[str, Any]
+
+    @torch.no_grad()
+    def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
+        """See `graincast.synthesise.base.Synthesiser.to_sem`."""
+        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(picture.shape, np.float32))
+        batch = _to_tensor([255 - picture if self.bright_boundaries else picture])
+        padded, crop = _pad(torch.cat([batch, noise[None, None]], dim=1))
+        device = next(self.forward.parameters()).device
+        padded = padded.to(device)
+        return _to_uint8(self.forward.eval()(padded[:, :1], padded[:, 1:])[0, 0][crop])
+
+    @torch.no_grad()
+    def to_simulation(self, image: np.ndarray) -> np.ndarray:
+        """Simulated picture (dark boundaries), uint8 (height, width), of a micrograph, uint8 of the same shape."""
+        padded, crop = _pad(_to_tensor([image]))
+        picture = _to_uint8(self.backward.eval()(padded.to(next(self.backward.parameters()).device))[0, 0][crop])
+        return 255 - picture if self.bright_boundaries else picture
+
+    def save(self, folder: Path) -> None:
+        """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
+        weights = {f"{part}.{name}": value.detach().cpu().contiguous() for part, net in (("forward", self.forward), ("backward", self.backward))
+                   for name, value in net.state_dict().items()}
+        header = {"config": json.dumps(self.config, sort_keys=True), "bright_boundaries": json.dumps(self.bright_boundaries)}
+        save_file(weights, folder / WEIGHTS, metadata=header)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a folder that `save` wrote; a UserError names what is missing."""
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                header = file.metadata()
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError as error:
+            raise UserError(f"{folder} holds no translator ({WEIGHTS} expected): {error}") from error
+        config = json.loads(header["config"])
+        nets = {part: Generator(config["filters"], config["residual_blocks"], noise=part == "forward") for part in ("forward", "backward")}
+        for part, net in nets.items():
+            net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
+            net.eval()
+        return cls(nets["forward"], nets["backward"], json.loads(header["bright_boundaries"]), config)
+
+
+def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
+                   bright_boundaries: bool = False, log: Log | None = None) -> CycleGAN:
+    """Learn how a microscope makes grains look, from unpaired images.
+
+    Parameters
+    ----------
+    pictures : sequence of ndarray
+        Simulated pictures, uint8 (height, width), boundaries dark.
+    micrographs : sequence of ndarray
+        Prepared micrographs, uint8 (height, width), with grains of about the simulation's size in px.
+    config : graincast.config.Translator
+        Sizes, losses and seed.
+    bright_boundaries : bool
+        Whether the micrographs' boundaries are brighter than their grains.
+    log : callable, optional
+        Called with (step, losses) at every step.
+
+    Returns
+    -------
+    CycleGAN
+        With running averages of the generators' weights.
+
+    Raises
+    ------
+    UserError
+        If no picture, or no micrograph, is as large as a crop.
+    """
+    if bright_boundaries:
+        pictures = [255 - picture for picture in pictures]
+    pictures = _large_enough(pictures, config.crop, "simulated pictures", "simulate.size")
+    micrographs = _large_enough(micrographs, config.crop, "micrographs", "translator.crop")
+    device = pick_device(config.device)
+    with seeded(config.seed):
+        training = _Training(config, device)
+        rng = np.random.default_rng(config.seed)
+        for step in tqdm(range(config.steps), desc="translator", unit="step", disable=None):
+            sim = _crops(pictures, config, rng, symmetries=8).to(device, memory_format=memory_format(device))
+            # micrographs are not turned: shading, shadows and scan-line noise have a direction
+            sem = _crops(micrographs, config, rng, symmetries=1).to(device, memory_format=memory_format(device))
+            losses = training.step(sim, sem)
+            if log:
+                log(step, losses)
+    return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), bright_boundaries, config.model_dump())
+
+
+class _Training:
+    """Networks, optimisers and history pools of one training."""
+
+    def __init__(self, config: TranslatorConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.f = Generator(config.filters, config.residual_blocks, noise=True).apply(_initialise).to(device, memory_format=memory_format(device))
+        self.g = Generator(config.filters, config.residual_blocks, noise=False).apply(_initialise).to(device, memory_format=memory_format(device))
+        self.d_sem = Discriminator(config.filters).apply(_initialise).to(device, memory_format=memory_format(device))
+        self.d_sim = Discriminator(config.filters).apply(_initialise).to(device, memory_format=memory_format(device))
+        self.mean_f, self.mean_g = copy.deepcopy(self.f), copy.deepcopy(self.g)
+        self.pool_sem, self.pool_sim = _Pool(config.pool, config.seed), _Pool(config.pool, config.seed + 1)
+        generators = itertools.chain(self.f.parameters(), self.g.parameters())
+        discriminators = itertools.chain(self.d_sem.parameters(), self.d_sim.parameters())
+        self.optimisers = [torch.optim.Adam(p, config.learning_rate, betas=(0.5, 0.999)) for p in (generators, discriminators)]
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._decay) for o in self.optimisers]
+
+    def _decay(self, step: int) -> float:
+        start = self.config.decay_from * self.config.steps
+        return 1.0 if step < start else max(0.0, (self.config.steps - step) / max(self.config.steps - start, 1.0))
+
+    def step(self, sim: torch.Tensor, sem: torch.Tensor) -> dict[str, float]:
+        """One step of the generators, then one of the discriminators; returns the losses."""
+        generator_optimiser, discriminator_optimiser = self.optimisers
+        with autocast(self.device, self.config.precision):
+            losses, fake_sem, fake_sim = self._generator_losses(sim, sem)
+        total = torch.stack(list(losses.values())).sum()
+        generator_optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        generator_optimiser.step()
+        with autocast(self.device, self.config.precision):
+            d_sem = _least_squares(self.d_sem, sem, self.pool_sem.exchange(fake_sem.detach()))
+            d_sim = _least_squares(self.d_sim, sim, self.pool_sim.exchange(fake_sim.detach()))
+        discriminator_optimiser.zero_grad(set_to_none=True)
+        (d_sem + d_sim).backward()
+        discriminator_optimiser.step()
+        for schedule in self.schedules:
+            schedule.step()
+        self._average()
+        return {name: float(value.detach()) for name, value in {**losses, "discriminator_sem": d_sem, "discriminator_sim": d_sim}.items()}
+
+    def _generator_losses(self, sim: torch.Tensor, sem: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        config = self.config
+        fake_sem, fake_sim = self.f(sim), self.g(sem)
+        for net in (self.d_sem, self.d_sim):
+            net.requires_grad_(False)
+        losses = {
+            "adversarial_f": (self.d_sem(fake_sem).float() - 1).square().mean(),
+            "adversarial_g": (self.d_sim(fake_sim).float() - 1).square().mean(),
+            "cycle": config.cycle_weight * (F.l1_loss(self.g(fake_sem).float(), sim) + F.l1_loss(self.f(fake_sim).float(), sem)),
+            "identity": config.identity_weight * (F.l1_loss(self.f(sem).float(), sem) + F.l1_loss(self.g(sim).float(), sim)),
+            "polarity": config.polarity_weight * (_inversion(sim, fake_sem) + _inversion(sem, fake_sim)),
+        }
+        for net in (self.d_sem, self.d_sim):
+            net.requires_grad_(True)
+        return losses, fake_sem.float(), fake_sim.float()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for mean, net in ((self.mean_f, self.f), (self.mean_g, self.g)):
+            for average, value in zip(mean.parameters(), net.parameters(), strict=True):
+                average.lerp_(value, 1 - AVERAGING)
+
+
+class _Pool:
+    """History of generated images that steadies the discriminators (Shrivastava et al. 2017)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.rng = size, np.random.default_rng(seed)
+        self.images: list[torch.Tensor] = []
+
+    def exchange(self, batch: torch.Tensor) -> torch.Tensor:
+        """Half the time the new image, half the time an old one that makes place for it."""
+        given = []
+        for image in batch:
+            if len(self.images) < self.size:
+                self.images.append(image)
+            elif self.size and self.rng.random() < 0.5:
+                place = int(self.rng.integers(self.size))
+                image, self.images[place] = self.images[place], image
+            given.append(image)
+        return torch.stack(given).contiguous(memory_format=memory_format(batch.device))
+
+
+def _inversion(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Hinge on the correlation between the boundary-scale detail of input and output: positive once contrast turns round."""
+    a, b = (_detail(x.float()).flatten(1) for x in (source, result))
+    correlation = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+    return F.relu(POLARITY_MARGIN - correlation).mean()
+
+
+def _detail(x: torch.Tensor) -> torch.Tensor:
+    coarse = F.avg_pool2d(x, 4)
+    return coarse - F.avg_pool2d(coarse, 5, 1, 2, count_include_pad=False)
+
+
+def _least_squares(net: nn.Module, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    return 0.5 * ((net(real).float() - 1).square().mean() + net(fake).float().square().mean())
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _crops(images: Sequence[np.ndarray], config: TranslatorConfig, rng: np.random.Generator, symmetries: int) -> torch.Tensor:
+    # images are drawn in proportion to their area, so that every pixel is as likely as any other
+    areas = np.array([image.size for image in images], float)
+    chosen = rng.choice(len(images), config.batch, p=areas / areas.sum())
+    return _to_tensor([np.ascontiguousarray(dihedral(images[i][random_crop(images[i], config.crop, rng)], int(rng.integers(symmetries)))) for i in chosen])
+
+
+def _large_enough(images: Sequence[np.ndarray], crop: int, what: str, key: str) -> list[np.ndarray]:
+    kept = [image for image in images if min(image.shape) >= crop]
+    if not kept:
+        sizes = ", ".join(sorted({f"{w} x {h}" for h, w in (image.shape for image in images)})) or "none given"
+        raise UserError(f"none of the {what} ({sizes} px) is as large as a crop of {crop} px; a smaller translator.crop"
+                        + (f" or a larger {key}" if key != "translator.crop" else "") + " would be right")
+    return kept
+
+
+def _to_tensor(images: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)[:, None].astype(np.float32) / 127.5 - 1)
+
+
+def _to_uint8(image: torch.Tensor) -> np.ndarray:
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def _pad(batch: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, slice]]:
+    """Mirror the edges, so that the networks' zero padding stays out of sight, up to a multiple of 4."""
+    height, width = batch.shape[-2:]
+    margin = min(32, height - 1, width - 1)
+    padded = F.pad(batch, (margin, margin + -(width + 2 * margin) % 4, margin, margin + -(height + 2 * margin) % 4), mode="reflect")
+    return padded, (slice(margin, margin + height), slice(margin, margin + width))
