@@ -183,8 +183,9 @@ def test_edges_brighten_where_the_surface_is_convex_only(halves: np.ndarray) -> 
 def test_slopes_that_face_the_detector_are_brighter(halves: np.ndarray, upwards: bool) -> None:
     def profile(azimuth: float) -> np.ndarray:
         """Across the groove, left to right, or from the bottom up."""
-        image = shoot(halves.T if upwards else halves, groove_depth_um=0.19, topography=0,
-                      edge_brightening_um=0, detector_asymmetry=1, detector_azimuth_deg=azimuth + 90 * upwards)
+        labels = halves.T if upwards else halves
+        image = shoot(labels, groove_depth_um=0.19, topography=0, edge_brightening_um=0,
+                      detector_asymmetry=1, detector_azimuth_deg=azimuth + 90 * upwards)
         return (image.T[:, ::-1] if upwards else image).mean(0)
 
     towards = profile(0)
