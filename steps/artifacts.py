@@ -35,9 +35,9 @@ def output_folder(name: str = "") -> Path:
 
 
 class FolderMaterializer(BaseMaterializer):
-    """Stores a folder in DVC and keeps its hash, size and place; loading fetches it where it is not.
+    """Stores a folder in DVC and keeps its hash, size and place; loading fetches it if need be.
 
-    ZenML's content hash is the DVC hash, so a step whose inputs were made again with the same bytes is cached.
+    ZenML's content hash is the DVC hash, so a step whose inputs were made anew with the same bytes is cached.
     """
 
     ASSOCIATED_TYPES = (ImageSet, Artifact)

@@ -74,6 +74,7 @@ def initialise(root: Path | str) -> None:
     from dvc.config import Config
     from dvc.repo import Repo
 
+    _quieten()
     root = Path(root)
     in_git = (root / ".git").exists()
     if not (root / ".dvc" / "config").exists():
@@ -115,7 +116,7 @@ def add(folder: Path | str) -> Version:
     with _project(folder) as repo:
         cache = repo.cache.local
         staging, meta, tree = build(cache, str(folder), repo.fs, "md5")
-        # DVC takes a plain copy for a reflink: given the whole list, it leaves two copies where there are none.
+        # DVC takes a plain copy for a reflink: given the whole list, it leaves two copies without reflinks.
         cache.cache_types = test_links(cache.cache_types, cache.fs, cache.path, repo.fs, str(folder))[:1]
         hardlink = cache.cache_types[0] == "hardlink"
         result = transfer(staging, cache, {tree.hash_info}, shallow=False, hardlink=hardlink)
@@ -123,7 +124,7 @@ def add(folder: Path | str) -> Version:
         checkout(str(folder), repo.fs, tree, cache, relink=True, force=True, state=repo.state, old=tree)
         if remote := repo.config["core"].get("remote"):
             with _readable(f"DVC remote '{remote}' cannot take {tree.hash_info.value}"):
-                _complete(repo.cloud.push([tree.hash_info]).failed, f"remote '{remote}'")
+                _complete(repo.cloud.push({tree.hash_info} | _files(tree)).failed, f"remote '{remote}'")
     return Version(str(tree.hash_info.value), meta.size or 0, meta.nfiles or 0)
 
 
@@ -161,32 +162,34 @@ def fetch(version: Version, path: Path | str) -> Path:
 
 
 def _load(repo: Any, md5: str) -> Any:
-    """The listing of folder `md5`, all of it being in the cache; what the cache lacks is pulled first."""
+    """The listing of folder `md5`, with all of it in the cache; what the cache lacks is pulled first."""
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
 
-    info, cache, remote = HashInfo("md5", md5), repo.cache.local, repo.config["core"].get("remote")
-    if (missing := _missing(cache, md5)) and remote:
+    listing, cache = HashInfo("md5", md5), repo.cache.local
+    _complete_cache(repo, md5, {listing})
+    tree = Tree.load(cache, listing)
+    _complete_cache(repo, md5, _files(tree))
+    return tree
+
+
+def _files(tree: Any) -> set[Any]:
+    """The hashes of a listing's files."""
+    return {info for _, _, info in tree}
+
+
+def _complete_cache(repo: Any, md5: str, objects: set[Any]) -> None:
+    """Pull those of folder `md5`'s objects that the cache lacks."""
+    cache, remote = repo.cache.local, repo.config["core"].get("remote")
+    lacking = {info for info in objects if not _sound(cache, info.value)}
+    if lacking and remote:
         with _readable(f"version {md5} cannot be pulled from DVC remote '{remote}'"):
-            repo.cloud.pull([info])
-        missing = _missing(cache, md5)
-    if missing:
+            repo.cloud.pull(lacking)
+        lacking = {info for info in lacking if not _sound(cache, info.value)}
+    if lacking:
         other = f"nor in DVC remote '{remote}'" if remote else "and no DVC remote is configured"
+        missing = min(info.value for info in lacking)
         raise UserError(f"version {md5} is lost: object {missing} is not in {cache.path}, {other}")
-    return Tree.load(cache, info)
-
-
-def _missing(cache: Any, md5: str) -> str | None:
-    """The first object of folder `md5` that the cache lacks, if any."""
-    from dvc_data.hashfile.hash_info import HashInfo
-    from dvc_data.hashfile.tree import Tree
-
-    if not _sound(cache, md5):
-        return md5
-    for _, _, info in Tree.load(cache, HashInfo("md5", md5)):
-        if not _sound(cache, info.value):
-            return str(info.value)
-    return None
 
 
 def _sound(cache: Any, md5: str) -> bool:
@@ -210,7 +213,7 @@ def _project(path: Path) -> Iterator[Any]:
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.WARNING)
+    _quieten()
     existing = next(p for p in (path, *path.parents) if p.is_dir())
     try:
         repo = Repo(Repo.find_root(str(existing)), config={"core": {"no_scm": True}})
@@ -218,6 +221,11 @@ def _project(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} lies in no DVC project; run `make setup` or `dvc init` first") from None
     with repo:
         yield repo
+
+
+def _quieten() -> None:
+    """Silence DVC's remarks for its command line; what fails is raised here."""
+    logging.getLogger("dvc").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
