@@ -1,0 +1,293 @@
+"""The report of a run: one HTML document that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import imageio.v3 as iio
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+
+from graincast.evaluate import overlay
+from graincast.report.figures import figures, to_png
+from graincast.report.findings import (
+    METRICS,
+    REALISM,
+    best_methods,
+    decisive_set,
+    grain_sizes,
+    headline,
+    mean_scores,
+    measured_size,
+    plural,
+    realism_figures,
+    source_name,
+    unit_label,
+)
+from graincast.report.inputs import ReportInputs
+from graincast.store.imageset import ImageSet
+
+PACKAGES = ("graincast", "numpy", "scipy", "numba", "scikit-image", "torch", "segmentation-models-pytorch",
+            "zenml", "mlflow", "dvc", "great-expectations", "evidently")
+STANDARD_COLUMNS = frozenset({"id", "session", "source", "pixel_size_um", "seed", "height", "width",
+                              "checksum"})
+MANY = 12
+"""Rows above which a table is folded away."""
+UNKNOWN, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text cells; the first cell of a row is its header.
+
+    Attributes
+    ----------
+    caption : str
+        What the table holds.
+    head : sequence of str
+        Column headers.
+    rows : sequence of sequence of str
+        Cells.
+    numeric : frozenset of int
+        Columns set flush right.
+    best : frozenset of (int, int)
+        Cells (row, column) set bold.
+    folded : bool
+        Whether it is closed until a reader opens it.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: frozenset[int] = frozenset()
+    best: frozenset[tuple[int, int]] = frozenset()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded image: data address, size in CSS px, alternative text, caption; charts follow dark mode."""
+
+    source: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+    chart: bool = False
+
+
+def build_report(inputs: ReportInputs) -> str:
+    """Render a run as one HTML document.
+
+    Parameters
+    ----------
+    inputs : ReportInputs
+
+    Returns
+    -------
+    str
+        The document. Styles and images are inside it, it has no script and fetches nothing; the same inputs
+        and software versions give the same text.
+    """
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("graincast", "report"), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html").render(
+        title=inputs.title,
+        virtual=inputs.virtual,
+        micrograph=inputs.micrograph,
+        headline=headline(inputs),
+        tiles=_tiles(inputs),
+        pictures=_pictures(inputs),
+        realism=_realism_table(inputs),
+        scores=_score_tables(inputs.scores),
+        metrics=[(metric.label, metric.meaning) for name, metric in METRICS.items() if name in inputs.scores],
+        overlays=[_overlay_picture(caption, image) for caption, image in inputs.overlays.items()],
+        line_colours={"predicted": overlay.PREDICTED, "true": overlay.TRUE, "both": overlay.BOTH},
+        grains=_grain_table(inputs.grains),
+        read=_read_table(inputs.micrographs),
+        refused=_refused_table(inputs.micrographs, "Files that were refused", "File"),
+        fidelity=_fidelity_table(inputs.synthetic),
+        dropped=_refused_table(inputs.synthetic, "Synthetic images that were dropped", "Image"),
+        run=inputs.run,
+        datasets=_dataset_table(inputs),
+        software=_software_table(),
+        config=yaml.safe_dump(dict(inputs.config), sort_keys=False, allow_unicode=True),
+    )
+
+
+# The figures at the top
+
+
+def _tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
+    """Value, name and small print of each figure at the top."""
+    fidelity = inputs.synthetic.rows["fidelity"].mean()
+    tiles = [(str(len(inputs.micrographs)), f"{inputs.micrograph} micrographs read",
+              f"{len(inputs.micrographs.refused)} refused"),
+             (str(len(inputs.synthetic)), "labelled synthetic images",
+              f"{len(inputs.synthetic.refused)} dropped; label fidelity {fidelity:.2f}")]
+    means = mean_scores(inputs.scores)
+    for row in means[means["set"] == decisive_set(inputs.scores)].to_dict("records"):
+        if "ap50" in row:
+            tiles.append((f"{row['ap50']:.2f}", f"AP50, {row['method']}",
+                          f"{row['set']}, {plural(row['images'], 'image')}"))
+    if size := measured_size(inputs.grains):
+        tiles.append((f"{size['mean']:.3g} {unit_label(size['unit'])}", "mean grain diameter",
+                      f"{size['set']}, {plural(size['grains'], 'grain')}"))
+    return tiles
+
+
+# Pictures
+
+
+def _pictures(inputs: ReportInputs) -> dict[str, Picture]:
+    captions = _captions(inputs.micrograph)
+    pictures = {}
+    for name, figure in figures(inputs).items():
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        source = _data_address(to_png(figure))
+        pictures[name] = Picture(source, width, height, *captions[name], chart=name != "images")
+    return pictures
+
+
+def _captions(kind: str) -> dict[str, tuple[str, str]]:
+    """Alternative text and caption of each figure; `kind` is that of the micrographs."""
+    return {
+        "images": (f"Rows of four crops: {kind} micrograph, simulated picture, synthetic image, and that "
+                   "image with the boundaries of its labels",
+                   f"Each row: a {kind} micrograph as the training saw it; a simulated morphology; the "
+                   "synthetic image drawn from it; the same with the boundaries of its labels in blue. Grey "
+                   "levels are untouched: 0 is black, 255 white."),
+        "intensity": (f"Overlaid histograms of the grey levels of {kind}, simulated and synthetic images",
+                      f"Grey levels. The closer the synthetic curve lies to the {kind} one, the better."),
+        "entropy": (f"Overlaid histograms of the local entropy of {kind}, simulated and synthetic images",
+                    "Local entropy: noise and fine detail raise it. Here too the synthetic curve should meet "
+                    f"the {kind} one."),
+        "scores": ("Bars of the mean scores of each method, one panel a set, with a dot for each image",
+                   "Bars are means, dots single images; 1 is perfect."),
+        "grain_size": ("Histograms of the equivalent grain diameters of each set",
+                       "Equivalent circular diameters as measured, and divided by the mean of their set."),
+        "translator": ("Loss curves of the translator over its training steps",
+                       "Translator. Faint lines: every step; strong lines: running mean. A polarity guard "
+                       "above 0 means that contrast is turning round; a discriminator near 0 has won, near "
+                       "0.25 it is guessing."),
+        "segmenter": ("Loss and validation curves of the segmenter over its epochs",
+                      "Segmenter: losses and scores after each epoch."),
+        "fidelity": ("Histogram of the label fidelity of the synthetic images",
+                     "How well the boundaries in each synthetic image lie where its labels have them."),
+    }
+
+
+def _overlay_picture(caption: str, image: np.ndarray) -> Picture:
+    source = _data_address(iio.imwrite("<bytes>", image, extension=".png"))
+    return Picture(source, image.shape[1], image.shape[0], f"Segmentation overlay: {caption}", caption)
+
+
+def _data_address(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+# Tables
+
+
+def _realism_table(inputs: ReportInputs) -> Table | None:
+    kind = inputs.micrograph
+    rows = [[name.replace("_", " "), _number(value), _number(floor), REALISM.get(name, UNKNOWN)]
+            for name, value, floor in realism_figures(inputs.realism)]
+    head = ["Figure", f"Synthetic against {kind}", f"{kind.capitalize()} against {kind}", "What is compared"]
+    caption = f"Distances, 0 = alike; {kind} against {kind} are two halves of the {kind} images"
+    return Table(caption, head, rows, frozenset({1, 2})) if rows else None
+
+
+def _score_tables(scores: pd.DataFrame) -> list[Table]:
+    if scores.empty:
+        return []
+    means = mean_scores(scores)
+    metrics = [name for name in METRICS if name in means]
+    labels = [METRICS[name].label for name in metrics]
+    rows = [[row["set"], row["method"], str(row["images"]), *(_number(row[name]) for name in metrics)]
+            for row in means.to_dict("records")]
+    every = [[row["set"], row["method"], str(row["image"]), *(_number(row[name]) for name in metrics)]
+             for row in scores.to_dict("records")]
+    best = frozenset((row, 3 + metrics.index(name)) for row, name in best_methods(means))
+    columns = frozenset(range(3, 3 + len(metrics)))
+    return [Table("Mean over the images of each set; the best method of a set is bold",
+                  ["Set", "Method", "Images", *labels], rows, columns | {2}, best),
+            Table("Scores of every image", ["Set", "Method", "Image", *labels], every, columns, folded=True)]
+
+
+def _grain_table(grains: pd.DataFrame) -> Table | None:
+    head = ["Set", "Grains", "Mean", "Std. dev.", "10 %", "Median", "90 %", "Unit"]
+    statistics = ("mean", "std", "p10", "median", "p90")
+    rows = [[row["set"], str(row["grains"]), *(_number(row[s]) for s in statistics), unit_label(row["unit"])]
+            for row in grain_sizes(grains).to_dict("records")]
+    caption = "Equivalent circular diameter of the grains"
+    return Table(caption, head, rows, frozenset(range(1, 7))) if rows else None
+
+
+def _read_table(micrographs: ImageSet) -> Table:
+    rows = micrographs.rows
+    described = [str(c) for c in rows if c not in STANDARD_COLUMNS and pd.api.types.is_float_dtype(rows[c])]
+    head = ["File", "Session", "Size used, px", "Pixel size, µm", *(c.replace("_", " ") for c in described)]
+    cells = [[source_name(_named(row)), _text(row["session"]), f"{row['width']} {TIMES} {row['height']}",
+              *(_number(row[c], ".4g") for c in ("pixel_size_um", *described))]
+             for row in rows.to_dict("records")]
+    numeric = frozenset(range(2, len(head)))
+    return Table("Files that were read", head, cells, numeric, folded=len(cells) > MANY)
+
+
+def _refused_table(images: ImageSet, caption: str, what: str) -> Table | None:
+    rows = [[source_name(_named(row)), row["refused"]] for row in images.refused.to_dict("records")]
+    return Table(caption, [what, "Reason"], rows, folded=len(rows) > MANY) if rows else None
+
+
+def _fidelity_table(synthetic: ImageSet) -> Table:
+    fidelity, dropped = synthetic.rows["fidelity"], len(synthetic.refused)
+    rows = [["Drawn", str(len(synthetic) + dropped)], ["Kept", str(len(synthetic))],
+            ["Dropped", str(dropped)],
+            ["Label fidelity of those kept: mean", _number(fidelity.mean())],
+            ["Label fidelity of those kept: lowest", _number(fidelity.min())]]
+    return Table("Synthetic images and their label fidelity", ["What", "Value"], rows, frozenset({1}))
+
+
+def _dataset_table(inputs: ReportInputs) -> Table:
+    sets = {f"{inputs.micrograph} micrographs": inputs.micrographs, "morphologies": inputs.morphologies,
+            "synthetic": inputs.synthetic}
+    rows = [[name, str(len(s)), str(len(s.refused)), s.digest] for name, s in sets.items()]
+    return Table("Datasets", ["Set", "Images", "Refused", "DVC hash"], rows, frozenset({1, 2}))
+
+
+def _software_table() -> Table:
+    rows = [["Python", platform.python_version()], *([name, _installed(name)] for name in PACKAGES)]
+    return Table("Software", ["Package", "Version"], rows)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a machine that only trains has no zenml, mlflow or dvc
+        return "not installed"
+
+
+def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items()}
+
+
+def _number(value: Any, form: str | None = None) -> str:
+    """Three decimals below 10 and four digits above, or `form`; an en dash for what is unknown."""
+    if pd.isna(value):
+        return UNKNOWN
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    return format(value, form or (".3f" if abs(value) < 10 else ".4g")).replace("-", MINUS)
+
+
+def _text(value: Any) -> str:
+    return UNKNOWN if pd.isna(value) else str(value)
