@@ -15,7 +15,6 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 from skimage.util import montage
-from zenml import get_step_context
 from zenml.enums import ArtifactType, VisualizationType
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.metadata.metadata_types import MetadataType, StorageSize
@@ -26,12 +25,6 @@ from graincast.store.versioning import Artifact, Version
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTER = "pointer.json"
-
-
-def output_folder(name: str = "") -> Path:
-    """Where the running step writes: ``runs/<run>/<step>`` of the checkout, or `name` in it."""
-    context = get_step_context()
-    return ROOT / "runs" / context.pipeline_run.name / context.step_run.name / name
 
 
 class FolderMaterializer(BaseMaterializer):

@@ -1,0 +1,70 @@
+"""What every step shares: its cache, its MLflow run, its folder.
+
+A stage's step reads like this::
+
+    @stage("simulate", "store/imageset.py")
+    def simulate(config: Simulate) -> Annotated[ImageSet, "morphologies"]:
+        tracking.log(params={"simulate": config.model_dump()}, tags=run_tags())
+        return simulate_library(config, output_folder())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zenml import get_step_context, step
+from zenml.config.cache_policy import CachePolicy
+
+from graincast.store import tracking
+from steps.artifacts import ROOT
+
+LIBRARY = Path("src/graincast")
+
+
+def stage(*sources: str, child_run: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `zenml.step` with an MLflow run and a cache that follows content and code.
+
+    Parameters
+    ----------
+    *sources : str
+        Files and packages of the library, relative to ``src/graincast``, whose code makes the stage's output; a
+        change in one of them runs the stage again.
+    child_run : bool
+        Log to a child run of the pipeline run's MLflow run, not to the latter itself.
+
+    Notes
+    -----
+    The cache key holds the parameters, the DVC hashes of the inputs, the step's code and `sources`.
+    """
+    return step(
+        experiment_tracker=True,
+        settings={"experiment_tracker": {"experiment_name": tracking.EXPERIMENT, "nested": child_run}},
+        cache_policy=CachePolicy(include_artifact_ids=False, file_dependencies=_files(sources)),
+    )
+
+
+def output_folder(name: str = "") -> Path:
+    """Where the running step writes: ``runs/<run>/<step>`` of the checkout, or `name` in it; not made yet."""
+    context = get_step_context()
+    return ROOT / "runs" / context.pipeline_run.name / context.step_run.name / name
+
+
+def run_tags() -> dict[str, str | None]:
+    """What ties an MLflow run to the rest: the ZenML run and the git commit."""
+    run = get_step_context().pipeline_run
+    commit = tracking.git_commit(ROOT)
+    return {"zenml_run": run.name, "zenml_run_id": str(run.id), "git_commit": commit}
+
+
+def _files(sources: tuple[str, ...]) -> list[str]:
+    """The Python files of `sources`, relative to the checkout."""
+    files: set[Path] = set()
+    for source in sources:
+        path = ROOT / LIBRARY / source
+        found = set(path.rglob("*.py")) if path.is_dir() else {path}
+        if not all(file.is_file() for file in found) or not found:
+            raise FileNotFoundError(f"{path} is no Python file or package of the library")
+        files |= found
+    return sorted(str(file.relative_to(ROOT)) for file in files)
