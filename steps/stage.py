@@ -4,8 +4,7 @@ A stage's step reads like this::
 
     @stage("simulate", "store/imageset.py")
     def simulate(config: Simulate) -> Annotated[ImageSet, "morphologies"]:
-        tracking.log(params={"simulate": config.model_dump()}, tags=run_tags())
-        return simulate_library(config, output_folder())
+        return run_simulate(config, output_folder("morphologies"))
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from steps.artifacts import ROOT
 LIBRARY = Path("src/graincast")
 
 
-def stage(*sources: str, child_run: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def stage(*sources: str, child_run: bool = False, enable_cache: bool | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `zenml.step` with an MLflow run and a cache that follows content and code.
 
     Parameters
@@ -33,12 +32,15 @@ def stage(*sources: str, child_run: bool = False) -> Callable[[Callable[..., Any
         change in one of them runs the stage again.
     child_run : bool
         Log to a child run of the pipeline run's MLflow run, not to the latter itself.
+    enable_cache : bool, optional
+        False: run every time, whatever is known.
 
     Notes
     -----
     The cache key holds the parameters, the DVC hashes of the inputs, the step's code and `sources`.
     """
     return step(
+        enable_cache=enable_cache,
         experiment_tracker=True,
         settings={"experiment_tracker": {"experiment_name": tracking.EXPERIMENT, "nested": child_run}},
         cache_policy=CachePolicy(include_artifact_ids=False, file_dependencies=_files(sources)),
@@ -51,11 +53,12 @@ def output_folder(name: str = "") -> Path:
     return ROOT / "runs" / context.pipeline_run.name / context.step_run.name / name
 
 
-def run_tags() -> dict[str, str | None]:
-    """What ties an MLflow run to the rest: the ZenML run and the git commit."""
+def run_tags(**digests: str) -> dict[str, str | None]:
+    """What ties an MLflow run to the rest: the ZenML run, the git commit and the datasets' DVC hashes (name to hash)."""
     run = get_step_context().pipeline_run
     commit = tracking.git_commit(ROOT)
-    return {"zenml_run": run.name, "zenml_run_id": str(run.id), "git_commit": commit}
+    hashes = {f"dvc.{name}": digest for name, digest in digests.items()}
+    return {"zenml_run": run.name, "zenml_run_id": str(run.id), "git_commit": commit, **hashes}
 
 
 def _files(sources: tuple[str, ...]) -> list[str]:

@@ -127,7 +127,7 @@ class Synthesise(Section):
     """Drawing the labelled synthetic set."""
 
     copies: int = Field(1, ge=1, description="translations drawn from each morphology, with different noise")
-    min_fidelity: float = Field(0.5, ge=0, le=1, description="label fidelity below which a translated image is dropped")
+    min_fidelity: float = Field(0.5, ge=-1, le=1, description="label fidelity below which a translated image is dropped")
     seed: int = Field(0, ge=0, description="seed of the translator's noise input")
 
 

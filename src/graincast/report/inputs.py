@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from graincast.evaluate.evaluation import OURS as OURS
 from graincast.store.imageset import ImageSet
-
-OURS = "graincast"
-"""Name of the trained segmenter in `ReportInputs.scores`; every other method is there to compare with."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,22 @@ def folder_digest(path: Path) -> str:
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
+def content_digest(path: Path, key: str) -> str:
+    """Content hash of a folder (`folder_digest`) or a file (MD5) that a user named under the configuration's `key`.
+
+    Raises
+    ------
+    UserError
+        If there is neither.
+    """
+    if path.is_dir():
+        return folder_digest(path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "md5").hexdigest()
+    raise UserError(f"{key}: '{path}' does not exist; an existing folder would be right")
+
+
 class whole_folder:
     """Context manager that makes a folder appear under its name only when it is complete.
 

@@ -20,6 +20,8 @@ import pandas as pd
 from graincast.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from graincast.segment.segmenter import Segmenter
 
 EXPERIMENT = "graincast"
@@ -58,6 +60,7 @@ def log(
     params: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str | None] | None = None,
+    figures: Mapping[str, Figure] | None = None,
     files: Iterable[Path] = (),
 ) -> None:
     """Add to the active run.
@@ -70,6 +73,8 @@ def log(
         Final figures; those that are NaN or infinite are left out.
     tags : Mapping of str to str, optional
         Digests, commits and the like; None is left out.
+    figures : Mapping of str to matplotlib Figure, optional
+        Pictures to keep as ``figures/NAME.png``.
     files : Iterable of Path, optional
         Files and folders to keep as artifacts under their own names.
     """
@@ -80,10 +85,12 @@ def log(
     entries = [Param(name, str(value)) for name, value in _flat(params or {})]
     labels = [RunTag(name, value) for name, value in (tags or {}).items() if value is not None]
     values = [Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if math.isfinite(v)]
-    client, run_id = mlflow.MlflowClient(), _active_run()
+    client, run_id = mlflow.MlflowClient(), active_run_id()
     for chunk in _chunks(entries, MAX_PARAMS):
         client.log_batch(run_id, params=chunk)
     client.log_batch(run_id, metrics=values, tags=labels)
+    for name, figure in (figures or {}).items():
+        mlflow.log_figure(figure, f"figures/{name}.png")
     for file in files:
         if file.is_dir():
             client.log_artifacts(run_id, str(file), file.name)
@@ -108,7 +115,7 @@ class MetricLog:
     """Longest time that curves lag behind."""
 
     def __init__(self) -> None:
-        self._run_id = _active_run()
+        self._run_id = active_run_id()
         self._rows: dict[int, dict[str, float]] = {}
         self._pending: list[Any] = []
         self._sent = time.monotonic()
@@ -179,7 +186,7 @@ def register_segmenter(folder: Path, example: np.ndarray, tags: Mapping[str, str
 
     import graincast
 
-    _active_run()
+    active_run_id()
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
         outputs=Schema([TensorSpec(np.dtype(np.int32), (-1, -1, -1))]),
@@ -252,7 +259,8 @@ def _model_uri(reference: str | None) -> str:
     return f"models:/{MODEL}/{reference}" if reference.isdecimal() else f"models:/{MODEL}@{reference}"
 
 
-def _active_run() -> str:
+def active_run_id() -> str:
+    """Id of the active run; a RuntimeError where there is none."""
     import mlflow
 
     run = mlflow.active_run()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WEIGHTS = "translator.safetensors"
 AVERAGING = 0.98
 """Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
+TEXTURE_PX = 5
+"""Side of the window below which a micrograph's detail counts as texture, which the cycle need not bring back, px."""
 POLARITY_MARGIN = 0.3
 """Correlation of input and output detail below which the guard against contrast inversion pushes back."""
 
@@ -188,8 +190,8 @@ class _Training:
         losses = {
             "adversarial_f": (self.d_sem(fake_sem).float() - 1).square().mean(),
             "adversarial_g": (self.d_sim(fake_sim).float() - 1).square().mean(),
-            "cycle": config.cycle_weight * (F.l1_loss(self.g(fake_sem).float(), sim) + F.l1_loss(self.f(fake_sim).float(), sem)),
-            "identity": config.identity_weight * (F.l1_loss(self.f(sem).float(), sem) + F.l1_loss(self.g(sim).float(), sim)),
+            "cycle": config.cycle_weight * (F.l1_loss(self.g(fake_sem).float(), sim) + _smooth_l1(self.f(fake_sim), sem)),
+            "identity": config.identity_weight * (_smooth_l1(self.f(sem), sem) + F.l1_loss(self.g(sim).float(), sim)),
             "polarity": config.polarity_weight * (_inversion(sim, fake_sem) + _inversion(sem, fake_sim)),
         }
         for net in (self.d_sem, self.d_sim):
@@ -221,6 +223,11 @@ class _Pool:
                 image, self.images[place] = self.images[place], image
             given.append(image)
         return torch.stack(given).contiguous(memory_format=memory_format(batch.device))
+
+
+def _smooth_l1(result: torch.Tensor, sem: torch.Tensor) -> torch.Tensor:
+    """L1 distance of smoothed micrographs: noise is drawn anew each time, so asking for its pixels would silence it."""
+    return F.l1_loss(F.avg_pool2d(result.float(), TEXTURE_PX, 1), F.avg_pool2d(sem, TEXTURE_PX, 1))
 
 
 def _inversion(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""The labour-free loop: a folder of unlabelled micrographs to a trained, registered segmenter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zenml import pipeline
+from zenml.enums import ExecutionMode
+
+from graincast.config import parse_config
+from graincast.store.imageset import content_digest
+from pipelines import console
+from steps.evaluate import evaluate, evaluate_virtual
+from steps.ingest import ingest, ingest_virtual
+from steps.report import report
+from steps.simulate import simulate
+from steps.synthesise import synthesise
+from steps.train_segmenter import train_segmenter
+from steps.train_translator import train_translator
+from steps.virtual_session import virtual_session
+
+console.install()
+
+
+@pipeline(execution_mode=ExecutionMode.FAIL_FAST)
+def training_pipeline(config: dict[str, Any]) -> None:
+    """Simulate, ingest, learn the look, synthesise, train, evaluate, report."""
+    settings = parse_config(config)
+    session = settings.session
+    for_translator, for_synthetic, for_validation = simulate(settings.simulate)
+    if session.folder is None:
+        virtual = virtual_session(session.virtual)
+        micrographs = ingest_virtual(settings.ingest, for_translator, virtual)
+    else:
+        micrographs = ingest(settings.ingest, for_translator, session.folder, content_digest(Path(session.folder), "session.folder"))
+    translator = train_translator(settings.translator, for_translator, micrographs)
+    training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
+    segmenter, model_version = train_segmenter(settings.segmenter, training, validation, micrographs)
+    if session.folder is None:
+        evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, training, validation, micrographs, virtual)
+    else:
+        masks = content_digest(Path(session.masks), "session.masks") if session.masks else ""
+        evaluation = evaluate(settings.evaluate, session, segmenter, translator, training, validation, micrographs, masks)
+    report(settings.model_dump(), for_synthetic, micrographs, training, validation, translator, segmenter, model_version, evaluation)

@@ -1,0 +1,168 @@
+"""The command line: ``graincast segment``, ``configure``, ``stage`` and ``virtual-sem``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from graincast.config import Config, load_config, parse_config
+from graincast.errors import UserError
+
+app = typer.Typer(help="Label-free grain segmentation of SEM micrographs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command line; a `UserError` ends it with one sentence and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"graincast: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def segment(
+    sources: Annotated[list[Path], typer.Argument(help="micrographs, or folders of them")],
+    out: Annotated[Path, typer.Option(help="folder for the results")],
+    model: Annotated[str | None, typer.Option(help="MLflow model URI, e.g. models:/graincast-segmenter/3; default: the registered champion, else the newest version")] = None,
+    pixel_size: Annotated[float | None, typer.Option(min=1e-6, help="pixel size in um of files whose metadata has none")] = None,
+) -> None:
+    """Find the grains of micrographs: label TIFF, overlay PNG, CSV of grains and a JSON summary."""
+    from graincast.inference import segment_files
+    from graincast.store.tracking import load_segmenter
+
+    outcomes = segment_files(load_segmenter(model), sources, out, pixel_size)
+    table = Table("micrograph", "grains", "mean diameter", "ASTM G")
+    for outcome in outcomes:
+        found = outcome.summary
+        table.add_row(outcome.source.name, *(_grain_cells(found) if found else (f"[red]refused[/]: {outcome.refused}", "", "")))
+    console = Console()
+    console.print(table)
+    console.print(f"results: {out}")
+    if any(outcome.refused for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _grain_cells(found: dict[str, Any]) -> tuple[str, str, str]:
+    unit = "um" if found["pixel_size_um"] else "px"
+    mean, number = found[f"mean_equivalent_diameter_{unit}"], found.get("astm_grain_size_number")
+    return str(found["grains"]), f"{mean:.3g} {unit}" if mean is not None else "-", f"{number:.1f}" if number is not None else "-"
+
+
+@app.command()
+def configure(
+    base: Annotated[Path, typer.Argument(help="configuration to start from, e.g. configs/demo.yaml")],
+    set_: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, e.g. session.folder=micrographs or segmenter.epochs=50")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
+) -> None:
+    """Write a copy of a configuration with some keys changed; unknown keys are refused."""
+    load_config(base)
+    document = yaml.safe_load(base.read_text())
+    tree = document["parameters"]["config"] or {}
+    for assignment in set_:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: KEY=VALUE would be right, e.g. segmenter.epochs=50")
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = yaml.safe_load(value)
+    parse_config(tree, str(out))
+    document["parameters"]["config"] = tree
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="stage of dvc.yaml")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="configuration file")] = Path("configs/demo.yaml"),
+    data: Annotated[Path, typer.Option(help="folder that holds the stages' results")] = Path("data"),
+) -> None:
+    """Run one stage of the loop on the results of the stages before it, as `dvc repro` does."""
+    if name not in STAGES:
+        raise UserError(f"there is no stage '{name}'; {', '.join(STAGES)} would be right")
+    STAGES[name](load_config(config), data)
+
+
+@app.command()
+def virtual_sem(
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="configuration file; default: every default")] = None,
+) -> None:
+    """Make a session of the virtual SEM: micrographs, and held-out micrographs with exact masks."""
+    from graincast.stages import run_virtual_sem
+
+    run_virtual_sem((load_config(config) if config else Config()).session.virtual, out)
+
+
+def _stage_virtual_sem(config: Config, data: Path) -> None:
+    from graincast.stages import run_virtual_sem
+
+    run_virtual_sem(config.session.virtual, data / "session")
+
+
+def _stage_simulate(config: Config, data: Path) -> None:
+    from graincast.stages import run_simulate
+
+    run_simulate(config.simulate, data / "morphologies")
+
+
+def _stage_ingest(config: Config, data: Path) -> None:
+    from graincast.stages import run_ingest
+    from graincast.store.imageset import ImageSet
+
+    source = Path(config.session.folder) if config.session.folder else data / "session" / "micrographs"
+    run_ingest(config.ingest, source, ImageSet(data / "morphologies" / "translator"), data / "micrographs")
+
+
+def _stage_train_translator(config: Config, data: Path) -> None:
+    from graincast.stages import run_train_translator
+    from graincast.store.imageset import ImageSet
+
+    run_train_translator(config.translator, ImageSet(data / "morphologies" / "translator"), ImageSet(data / "micrographs"), data / "translator")
+
+
+def _stage_synthesise(config: Config, data: Path) -> None:
+    from graincast.stages import run_synthesise
+    from graincast.store.imageset import ImageSet
+
+    morphologies = {name: ImageSet(data / "morphologies" / name) for name in ("synthetic", "validation")}
+    run_synthesise(config.synthesise, morphologies, data / "translator", data / "synthetic")
+
+
+def _stage_train_segmenter(config: Config, data: Path) -> None:
+    from graincast.stages import run_train_segmenter
+    from graincast.store.imageset import ImageSet
+
+    training, validation = (ImageSet(data / "synthetic" / name) for name in ("training", "validation"))
+    run_train_segmenter(config.segmenter, training, validation, ImageSet(data / "micrographs"), data / "segmenter")
+
+
+def _stage_evaluate(config: Config, data: Path) -> None:
+    from graincast.stages import masked_files, run_evaluate
+    from graincast.store.imageset import ImageSet
+
+    synthetic = {name: ImageSet(data / "synthetic" / name) for name in ("training", "validation")}
+    images, masks = masked_files(config.session, data / "session")
+    run_evaluate(config.evaluate, data / "segmenter", data / "translator", synthetic, ImageSet(data / "micrographs"), data / "evaluation",
+                 images=images, masks=masks, virtual=config.session.folder is None)
+
+
+STAGES: dict[str, Callable[[Config, Path], None]] = {
+    "virtual-sem": _stage_virtual_sem,
+    "simulate": _stage_simulate,
+    "ingest": _stage_ingest,
+    "train-translator": _stage_train_translator,
+    "synthesise": _stage_synthesise,
+    "train-segmenter": _stage_train_segmenter,
+    "evaluate": _stage_evaluate,
+}

@@ -1,0 +1,123 @@
+"""From micrograph files to grain maps, overlays and tables of grains."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import tifffile
+from tqdm.auto import tqdm
+
+from graincast.errors import UserError
+from graincast.evaluate.overlay import overlay
+from graincast.measure.grains import measure_grains, summarise
+from graincast.microscope.reader import find_micrographs, read_micrograph
+from graincast.segment.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file: its summary, or the reason why there is none."""
+
+    source: Path
+    summary: dict[str, Any] | None = None
+    refused: str | None = None
+
+
+def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixel_size_um: float | None = None) -> list[Outcome]:
+    """Segment micrographs and write what was found.
+
+    For each ``STEM.*``: ``STEM_labels.tif`` (instance ids at the original size, uint16 or uint32; 0 = info bar),
+    ``STEM_overlay.png``, ``STEM_grains.csv`` (one row a grain, units in the column names). ``summary.json`` lists
+    every file, the refused ones with their reason.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        With its preparation inside.
+    sources : sequence of Path
+        Files, and folders that are searched recursively.
+    out : Path
+        Folder for the results; made if absent. Files of the same name are replaced.
+    pixel_size_um : float, optional
+        Pixel size of files whose metadata has none, um.
+
+    Returns
+    -------
+    list of Outcome
+        One a file, in the order of `sources`.
+
+    Raises
+    ------
+    UserError
+        If nothing is found, two files would write the same results, or `out` cannot be written.
+    """
+    files = [file for source in sources for file in find_micrographs(source)]
+    twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    if twice:
+        raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, so segment their folders one by one")
+    outcomes = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in tqdm(files, desc="segment", unit="image", disable=None):
+            try:
+                outcomes.append(Outcome(file, summary=_segment_file(segmenter, file, out, pixel_size_um)))
+            except UserError as error:
+                outcomes.append(Outcome(file, refused=str(error)))
+        _write_summary(out, outcomes)
+    except OSError as error:
+        raise UserError(f"results cannot be written to {out}: {error}") from error
+    return outcomes
+
+
+def _segment_file(segmenter: Segmenter, file: Path, out: Path, pixel_size_um: float | None) -> dict[str, Any]:
+    micrograph = read_micrograph(file)
+    pixel_size = micrograph.pixel_size_um or pixel_size_um
+    labels = segmenter.segment_micrograph(micrograph, pixel_size_um)
+    field = labels > 0
+    grains = measure_grains(labels, pixel_size, field=field)
+    grey = np.rint(micrograph.image * 255).astype(np.uint8)
+    stored = labels.astype(np.uint16 if labels.max() < 65536 else np.uint32)
+    resolution: dict[str, Any] = {"resolution": (1e4 / pixel_size,) * 2, "resolutionunit": "CENTIMETER"} if pixel_size else {}
+    with _whole_file(out / f"{file.stem}_labels.tif") as path:
+        tifffile.imwrite(path, stored, compression="zlib", **resolution)
+    with _whole_file(out / f"{file.stem}_overlay.png") as path:
+        iio.imwrite(path, overlay(grey, labels, field=field), extension=".png")
+    with _whole_file(out / f"{file.stem}_grains.csv") as path:
+        grains.to_csv(path, index=False, float_format="%.6g")
+    return {"pixel_size_um": pixel_size, **summarise(grains)}
+
+
+class _whole_file:
+    """Write beside the file and put it in place at the end, so that no half-written result passes for whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        return self.partial
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.partial.replace(self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def _write_summary(out: Path, outcomes: Iterable[Outcome]) -> None:
+    images = [{"file": outcome.source.name, **(outcome.summary or {"refused": outcome.refused})} for outcome in outcomes]
+    with _whole_file(out / "summary.json") as path:
+        path.write_text(json.dumps({"images": [_finite(image) for image in images]}, indent=1, allow_nan=False))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN has no place in JSON; a figure that does not exist is null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

@@ -1,0 +1,148 @@
+"""The stages of the loop as functions from folders to folders.
+
+The ZenML steps and the stages of ``dvc.yaml`` call these and nothing else, so both roads give the same bytes. A
+folder appears under its name only when it is whole; nothing in it depends on when, where or by whom it was made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import pandas as pd
+
+from graincast import config as settings
+from graincast.compute import Log
+from graincast.evaluate.evaluation import Evaluation, evaluate, match_masks
+from graincast.evaluate.realism import realism
+from graincast.microscope.ingest import ingest
+from graincast.microscope.preparation import Preparation
+from graincast.microscope.virtual_sem import write_session
+from graincast.segment.segmenter import Segmenter
+from graincast.segment.train import Pair, train_segmenter
+from graincast.simulate.library import mean_grain_diameter, simulate_library
+from graincast.store.imageset import ImageSet, folder_digest, whole_folder
+from graincast.synthesise.cyclegan.train import CycleGAN, train_cyclegan
+from graincast.synthesise.generate import synthesise
+from graincast.synthesise.polarity import boundaries_are_bright
+
+HISTORY = "history.csv"
+
+
+def run_virtual_sem(config: settings.VirtualSession, out: Path) -> Path:
+    """A session of the virtual SEM: ``micrographs/`` and ``held_out/{images,masks}/`` in `out`."""
+    return write_session(config, out)
+
+
+def run_simulate(config: settings.Simulate, out: Path) -> dict[str, ImageSet]:
+    """Morphologies in `out`, by split: ``translator``, ``synthetic`` and ``validation``."""
+    return simulate_library(config, out)
+
+
+def run_ingest(config: settings.Ingest, source: Path, morphologies: ImageSet, out: Path) -> ImageSet:
+    """Prepared micrographs of `source`, a folder or a file, brought to the grain size of `morphologies`."""
+    return ingest(config, source, mean_grain_diameter(morphologies), out)
+
+
+def run_train_translator(config: settings.Translator, morphologies: ImageSet, micrographs: ImageSet, out: Path, log: Log | None = None) -> Path:
+    """A translator in `out`: ``translator.safetensors``, ``history.csv`` and ``sample.png`` (simulated beside translated)."""
+    history = _History(log)
+    images = list(micrographs)
+    pictures = list(morphologies)
+    translator = train_cyclegan(pictures, images, config, bright_boundaries=boundaries_are_bright(images), log=history)
+    with whole_folder(out) as folder:
+        translator.save(folder)
+        history.save(folder, "step")
+        sample = pictures[0]
+        iio.imwrite(folder / "sample.png", np.hstack([sample, translator.to_sem(sample, config.seed)]))
+    return out
+
+
+def run_synthesise(config: settings.Synthesise, morphologies: Mapping[str, ImageSet], translator: Path, out: Path) -> dict[str, ImageSet]:
+    """Labelled synthetic sets in `out`: ``training`` from the morphologies ``synthetic``, ``validation`` from ``validation``."""
+    synthesiser, digest = CycleGAN.load(translator), folder_digest(translator)
+    with whole_folder(out) as folder:
+        for name, source in (("training", "synthetic"), ("validation", "validation")):
+            synthesise(morphologies[source], synthesiser, config, folder / name, synthesiser_digest=digest)
+    return {name: ImageSet(out / name) for name in ("training", "validation")}
+
+
+def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet, out: Path,
+                        log: Log | None = None) -> Path:
+    """A segmenter in `out`: ``segmenter.safetensors`` (with the micrographs' preparation inside) and ``history.csv``."""
+    history = _History(log)
+    segmenter = train_segmenter(_pairs(training), _pairs(validation), config, log=history)
+    segmenter.preparation = Preparation.from_dict(micrographs.info["preparation"])
+    with whole_folder(out) as folder:
+        segmenter.save(folder)
+        history.save(folder, "epoch")
+    return out
+
+
+def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, synthetic: Mapping[str, ImageSet], micrographs: ImageSet, out: Path, *,
+                 images: Path | None = None, masks: Path | None = None, virtual: bool = False) -> Path:
+    """Figures in `out`: ``scores.csv``, ``grains.parquet``, ``realism.json`` and ``overlays/*.png``.
+
+    `images` and `masks` are folders of micrograph files with masks of the same names, where there are any.
+    """
+    masked = match_masks(images, masks) if images and masks else []
+    result = evaluate(Segmenter.load(segmenter), synthetic["validation"], micrographs, config,
+                      bright_boundaries=CycleGAN.load(translator).bright_boundaries, masked=masked,
+                      masked_set="virtual micrographs, held out" if virtual else "real micrographs")
+    likeness = realism(list(micrographs), list(synthetic["training"]))
+    with whole_folder(out) as folder:
+        result.scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
+        result.grains.to_parquet(folder / "grains.parquet", index=False)
+        (folder / "realism.json").write_text(json.dumps(likeness, indent=1))
+        (folder / "overlays").mkdir()
+        captions = {f"{number:02d}.png": caption for number, caption in enumerate(result.overlays)}
+        for file, caption in captions.items():
+            iio.imwrite(folder / "overlays" / file, result.overlays[caption])
+        (folder / "overlays.json").write_text(json.dumps(captions, indent=1))
+    return out
+
+
+def masked_files(session: settings.Session, virtual_session: Path | None) -> tuple[Path | None, Path | None]:
+    """Folders of the micrographs and masks to score on: the user's, or the virtual session's held-out ones; None: none."""
+    if session.folder is None:
+        assert virtual_session is not None
+        held_out = virtual_session / "held_out"
+        return (held_out / "images", held_out / "masks") if session.virtual.held_out else (None, None)
+    return Path(session.folder), Path(session.masks) if session.masks else None
+
+
+def load_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]]:
+    """What `run_evaluate` wrote: the evaluation and the realism figures."""
+    captions = json.loads((folder / "overlays.json").read_text())
+    overlays = {caption: iio.imread(folder / "overlays" / file) for file, caption in captions.items()}
+    evaluation = Evaluation(pd.read_csv(folder / "scores.csv"), pd.read_parquet(folder / "grains.parquet"), overlays)
+    return evaluation, json.loads((folder / "realism.json").read_text())
+
+
+def load_history(folder: Path) -> pd.DataFrame:
+    """A training's ``history.csv``: one row a step or epoch."""
+    return pd.read_csv(folder / HISTORY)
+
+
+class _History:
+    """Keeps what a training reports and hands it on."""
+
+    def __init__(self, log: Log | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.log = log
+
+    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **figures})
+        if self.log:
+            self.log(step, figures)
+
+    def save(self, folder: Path, unit: str) -> None:
+        pd.DataFrame(self.rows).rename(columns={"step": unit}).to_csv(folder / HISTORY, index=False, float_format="%.6g")
+
+
+def _pairs(images: ImageSet) -> list[Pair]:
+    return [(images.image(i), images.labels(i)) for i in range(len(images))]

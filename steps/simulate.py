@@ -1,0 +1,23 @@
+"""Stage 1: grow grains."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from graincast.config import Simulate
+from graincast.stages import run_simulate
+from graincast.store.imageset import ImageSet
+from steps.stage import output_folder, stage
+
+
+@stage("simulate", "store/imageset.py")
+def simulate(
+    config: Simulate,
+) -> tuple[
+    Annotated[ImageSet, "translator_morphologies"],
+    Annotated[ImageSet, "synthetic_morphologies"],
+    Annotated[ImageSet, "validation_morphologies"],
+]:
+    """Grain pictures with instance ids, from the phase-field simulator; the three sets share no structure."""
+    sets = run_simulate(config, output_folder("morphologies"))
+    return sets["translator"], sets["synthetic"], sets["validation"]

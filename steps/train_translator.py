@@ -1,0 +1,22 @@
+"""Stage 3: learn how the microscope makes grains look."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from graincast.config import Translator
+from graincast.stages import run_train_translator
+from graincast.store import tracking
+from graincast.store.imageset import ImageSet
+from graincast.store.versioning import Artifact
+from steps.stage import output_folder, run_tags, stage
+
+
+@stage("synthesise/cyclegan", "synthesise/polarity.py", "compute.py", child_run=True)
+def train_translator(config: Translator, morphologies: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "translator"]:
+    """A CycleGAN between morphologies and micrographs."""
+    tracking.log(params=config.model_dump(), tags=run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest))
+    with tracking.MetricLog() as log:
+        folder = run_train_translator(config, morphologies, micrographs, output_folder("translator"), log)
+    tracking.log(files=[folder / "sample.png"])
+    return Artifact(folder, "translator")
