@@ -9,7 +9,7 @@ SEM_DIR ?=
 MASK_DIR ?=
 
 ENV := . ./env.sh
-PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-cache-dir --quiet
 
 # The stack is set up once for every place that the environment points it at.
 PLACES := $(shell $(ENV) && echo "$$ZENML_CONFIG_PATH $$ZENML_STORE_URL $$ZENML_ACTIVE_STACK_ID $$MLFLOW_TRACKING_URI" | cksum | cut -d' ' -f1)
