@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage import measure, segmentation
 
-from graincast.measure.grains import astm_grain_size_number, fill_lines, measure_grains, summarise
+from graincast.labels import fill_lines
+from graincast.measure.grains import astm_grain_size_number, measure_grains, summarise
 
 
 def ellipse(length: float, width: float, degrees: float = 0.0) -> np.ndarray:

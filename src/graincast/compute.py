@@ -1,12 +1,17 @@
-"""Device, precision and seeding: the few decisions that every training and prediction shares."""
+"""Device, precision, seeding and weight files: what every training and prediction shares."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from graincast.errors import UserError
 
@@ -74,3 +79,19 @@ def dihedral(array: np.ndarray, symmetry: int) -> np.ndarray:
     """One of the eight symmetries (0 to 7) of the square, applied to the last two axes."""
     turned = np.rot90(array, symmetry % 4, axes=(-2, -1))
     return turned[..., ::-1] if symmetry >= 4 else turned
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able header as one safetensors file; the same content gives the same bytes."""
+    # a single metadata entry, as safetensors writes several in no particular order
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(tensors, path, metadata={"graincast": json.dumps(header, sort_keys=True)})
+
+
+def load_weights(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote; a UserError says where there is no such file, or a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["graincast"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path.parent} holds no {what} ({path.name} expected): {error}") from error

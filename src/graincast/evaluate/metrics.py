@@ -44,7 +44,7 @@ from skimage import measure, segmentation
 from skimage.morphology import skeletonize
 
 from graincast.errors import UserError
-from graincast.measure.grains import fill_lines
+from graincast.labels import fill_lines
 
 MIN_AREA_PX = 30  # smaller specks count neither as truth nor as prediction
 TOLERANCES_PX = {"bf1_2px": 2.0, "bf1_4px": 4.0}

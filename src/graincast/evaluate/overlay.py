@@ -6,7 +6,7 @@ import numpy as np
 from skimage import segmentation
 from skimage.morphology import dilation, skeletonize
 
-from graincast.measure.grains import fill_lines
+from graincast.labels import fill_lines
 
 # Okabe and Ito's palette, told apart by colour-blind eyes and from every grey
 # (https://jfly.uni-koeln.de/color/).

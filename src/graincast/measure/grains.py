@@ -13,39 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 
+from graincast.labels import fill_lines
+
 # Scan directions of the perimeter estimate, as (row, column) steps, with the distance in px between
 # neighbouring scan lines of that direction.
 _SCANS = (((0, 1), 1.0), ((1, 0), 1.0), ((1, 1), math.sqrt(0.5)), ((1, -1), math.sqrt(0.5)))
 _PIXEL_MOMENT = 1 / 12  # second moment of a unit square about its centre, px^2
-
-
-def fill_lines(labels: np.ndarray, field: np.ndarray | None = None) -> np.ndarray:
-    """Grow every grain over the boundary lines until the grains tile the field.
-
-    Parameters
-    ----------
-    labels : (H, W) integer ndarray
-        0 = boundary line, 1..N = grains.
-    field : (H, W) bool ndarray, optional
-        False where no specimen is seen, e.g. the info bar. Default: the whole image is field.
-
-    Returns
-    -------
-    (H, W) ndarray of the dtype of `labels`
-        Each zero inside the field has taken the label of the nearest grain (Euclidean distance), so that a
-        line is shared between its neighbours. Outside the field, or without any grain, 0.
-
-    Examples
-    --------
-    >>> fill_lines(np.array([[1, 1, 0, 0, 2]]))
-    array([[1, 1, 1, 2, 2]])
-    """
-    inside = labels if field is None else np.where(field, labels, 0)
-    if inside.all() or not inside.any():
-        return inside.copy()
-    nearest = ndi.distance_transform_edt(inside == 0, return_distances=False, return_indices=True)
-    grown = inside[tuple(nearest)]
-    return grown if field is None else np.where(field, grown, 0)
 
 
 def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: str | None = None,

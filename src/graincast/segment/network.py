@@ -9,6 +9,7 @@ from scipy import ndimage as ndi
 from skimage import segmentation
 
 from graincast.errors import UserError
+from graincast.labels import fill_lines
 
 CHANNELS = 2
 """Channel 0: boundary line; channel 1: depth inside the grain."""
@@ -49,7 +50,7 @@ def targets(labels: np.ndarray) -> np.ndarray:
         (2, height, width), float32 in [0, 1]: the boundary line, 2 px wide whatever the width of the zeros, and the
         depth min(distance to the line / `DEPTH_PX`, 1), whose high ground seeds the watershed.
     """
-    dense = segmentation.expand_labels(labels, distance=float(sum(labels.shape)))
+    dense = fill_lines(labels)
     line = segmentation.find_boundaries(dense, mode="thick")
     distance = ndi.distance_transform_edt(~line) if line.any() else np.full(labels.shape, np.inf)
     return np.stack([line, np.minimum(distance / DEPTH_PX, 1)]).astype(np.float32)

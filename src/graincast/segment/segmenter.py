@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from skimage import transform
 
-from graincast.compute import autocast, memory_format, pick_device
+from graincast.compute import autocast, load_weights, memory_format, pick_device, save_weights
 from graincast.errors import UserError
 from graincast.segment.instances import MIN_GRAIN_PX, instances
 from graincast.segment.network import STRIDE, build_network, standardise
@@ -86,7 +83,7 @@ class Segmenter:
         header = {"config": self.config, "seed_level": self.seed_level,
                   "preparation": self.preparation.to_dict() if self.preparation else None}
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata={name: json.dumps(value, sort_keys=True) for name, value in header.items()})
+        save_weights(folder / WEIGHTS, weights, header)
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto") -> Self:
@@ -97,12 +94,7 @@ class Segmenter:
         UserError
             If there is no segmenter in it.
         """
-        try:
-            with safe_open(Path(folder) / WEIGHTS, "pt") as file:
-                header = {name: json.loads(value) for name, value in file.metadata().items()}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise UserError(f"{folder} holds no segmenter ({WEIGHTS} expected): {error}") from error
+        weights, header = load_weights(Path(folder) / WEIGHTS, "segmenter")
         config = header["config"]
         network = build_network(config["architecture"], config["encoder"], None)
         network.load_state_dict(weights)

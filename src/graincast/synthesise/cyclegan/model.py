@@ -2,8 +2,9 @@
 
 Generators follow Johnson et al. 2016 / Zhu et al. 2017 (strided convolutions, residual blocks) with three changes:
 nearest-neighbour upsampling + convolution in place of transposed convolution (no checkerboards; Odena et al. 2016,
-doi:10.23915/distill.00003), a skip of the input to the last layers so that boundaries stay where they are, and, for
-simulation -> SEM, a noise channel that supplies the texture a smooth morphology cannot determine.
+doi:10.23915/distill.00003), the input added to the output at full resolution so that a generator starts as the
+identity and boundaries stay where they are, and, for simulation -> SEM, noise that supplies what a smooth morphology cannot determine: as an input channel, and added at
+the end, coloured by a learned filter and with a learned strength at every pixel, as a detector's noise is.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ class Generator(nn.Module):
     residual_blocks : int
         Residual blocks at a quarter of the resolution.
     noise : bool
-        Take a second input channel of Gaussian noise.
+        Take a second input channel of Gaussian noise, and add noise to the output.
+
+    Attributes
+    ----------
+    noise_level : Tensor
+        Standard deviation of the added noise before training, in units of half the grey scale.
     """
+
+    noise_level: torch.Tensor
 
     def __init__(self, filters: int, residual_blocks: int, noise: bool) -> None:
         super().__init__()
-        self.noise = noise
+        self.register_buffer("noise_level", torch.tensor(0.0))
         inputs = 2 if noise else 1
         self.stem = _conv(inputs, filters, 5)
         self.down = nn.Sequential(_conv(filters, 2 * filters, 3, stride=2), _conv(2 * filters, 4 * filters, 3, stride=2))
@@ -35,13 +43,25 @@ class Generator(nn.Module):
         self.up = nn.Sequential(nn.Upsample(scale_factor=2), _conv(4 * filters, 2 * filters, 3),
                                 nn.Upsample(scale_factor=2), _conv(2 * filters, filters, 3))
         self.head = nn.Sequential(nn.Conv2d(filters + inputs, filters, 3, padding=1), nn.ReLU(inplace=True),
-                                  nn.Conv2d(filters, 1, 3, padding=1), nn.Tanh())
+                                  nn.Conv2d(filters, inputs, 3, padding=1))
+        self.colour = nn.Conv2d(1, 1, 5, padding=2, bias=False) if noise else None
+
+    def initialise(self) -> None:
+        """Draw the weights anew (normal, 0.02, as Zhu et al. 2017); the noise starts white and weak."""
+        self.apply(_initialise)
+        if self.colour is not None:
+            nn.init.dirac_(self.colour.weight)
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        if self.noise:
-            image = torch.cat([image, noise if noise is not None else torch.randn_like(image)], dim=1)
+        if self.colour is None:
+            return torch.tanh(image + self._head(image))
+        noise = torch.randn_like(image) if noise is None else noise
+        change, strength = self._head(torch.cat([image, noise], dim=1)).chunk(2, dim=1)
+        return torch.tanh(image + change + self.noise_level * torch.exp(strength.clamp(-4, 4)) * self.colour(noise))
+
+    def _head(self, image: torch.Tensor) -> torch.Tensor:
         coarse = self.up(self.blocks(self.down(self.stem(image))))
-        return self.head(torch.cat([coarse, image], dim=1))
+        return self.head(torch.cat([coarse, image], dim=1)).float()
 
 
 class Discriminator(nn.Module):
@@ -53,6 +73,10 @@ class Discriminator(nn.Module):
             nn.Conv2d(1, filters, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True),
             *_patch_layer(filters, 2 * filters, stride=2), *_patch_layer(2 * filters, 4 * filters, stride=1),
             nn.Conv2d(4 * filters, 1, 4, padding=1))
+
+    def initialise(self) -> None:
+        """Draw the weights anew (normal, 0.02)."""
+        self.apply(_initialise)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.layers(image)
@@ -75,3 +99,10 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequentia
 
 def _patch_layer(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
     return (nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1), nn.InstanceNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

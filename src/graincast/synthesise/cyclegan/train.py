@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from graincast.compute import Log, autocast, dihedral, memory_format, pick_device, random_crop, seeded
+from graincast.compute import Log, autocast, dihedral, load_weights, memory_format, pick_device, random_crop, save_weights, seeded
 from graincast.errors import UserError
+from graincast.microscope.quality import noise_level
 from graincast.synthesise.cyclegan.model import Discriminator, Generator
 
 if TYPE_CHECKING:
@@ -77,24 +75,18 @@ class CycleGAN:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
         weights = {f"{part}.{name}": value.detach().cpu().contiguous() for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
-        header = {"config": json.dumps(self.config, sort_keys=True), "bright_boundaries": json.dumps(self.bright_boundaries)}
-        save_file(weights, folder / WEIGHTS, metadata=header)
+        save_weights(folder / WEIGHTS, weights, {"config": self.config, "bright_boundaries": self.bright_boundaries})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read a folder that `save` wrote; a UserError names what is missing."""
-        try:
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                header = file.metadata()
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise UserError(f"{folder} holds no translator ({WEIGHTS} expected): {error}") from error
-        config = json.loads(header["config"])
+        weights, header = load_weights(folder / WEIGHTS, "translator")
+        config = header["config"]
         nets = {part: Generator(config["filters"], config["residual_blocks"], noise=part == "forward") for part in ("forward", "backward")}
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
-        return cls(nets["forward"], nets["backward"], json.loads(header["bright_boundaries"]), config)
+        return cls(nets["forward"], nets["backward"], header["bright_boundaries"], config)
 
 
 def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
@@ -131,6 +123,7 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
     device = pick_device(config.device)
     with seeded(config.seed):
         training = _Training(config, device)
+        training.set_noise(float(np.median([noise_level(image / np.float32(255)) for image in micrographs])))
         rng = np.random.default_rng(config.seed)
         for step in tqdm(range(config.steps), desc="translator", unit="step", disable=None):
             sim = _crops(pictures, config, rng, symmetries=8).to(device, memory_format=memory_format(device))
@@ -142,21 +135,32 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
     return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), bright_boundaries, config.model_dump())
 
 
+Net = TypeVar("Net", Generator, Discriminator)
+
+
 class _Training:
     """Networks, optimisers and history pools of one training."""
 
     def __init__(self, config: TranslatorConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.f = Generator(config.filters, config.residual_blocks, noise=True).apply(_initialise).to(device, memory_format=memory_format(device))
-        self.g = Generator(config.filters, config.residual_blocks, noise=False).apply(_initialise).to(device, memory_format=memory_format(device))
-        self.d_sem = Discriminator(config.filters).apply(_initialise).to(device, memory_format=memory_format(device))
-        self.d_sim = Discriminator(config.filters).apply(_initialise).to(device, memory_format=memory_format(device))
+        self.f = self._place(Generator(config.filters, config.residual_blocks, noise=True))
+        self.g = self._place(Generator(config.filters, config.residual_blocks, noise=False))
+        self.d_sem, self.d_sim = (self._place(Discriminator(config.filters)) for _ in range(2))
         self.mean_f, self.mean_g = copy.deepcopy(self.f), copy.deepcopy(self.g)
         self.pool_sem, self.pool_sim = _Pool(config.pool, config.seed), _Pool(config.pool, config.seed + 1)
         generators = itertools.chain(self.f.parameters(), self.g.parameters())
         discriminators = itertools.chain(self.d_sem.parameters(), self.d_sim.parameters())
         self.optimisers = [torch.optim.Adam(p, config.learning_rate, betas=(0.5, 0.999)) for p in (generators, discriminators)]
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._decay) for o in self.optimisers]
+
+    def set_noise(self, level: float) -> None:
+        """Let F start from the micrographs' own noise, as a fraction of full scale."""
+        for net in (self.f, self.mean_f):
+            net.noise_level.fill_(2 * level)
+
+    def _place(self, net: Net) -> Net:
+        net.initialise()
+        return net.to(self.device, memory_format=memory_format(self.device))
 
     def _decay(self, step: int) -> float:
         start = self.config.decay_from * self.config.steps
@@ -244,13 +248,6 @@ def _detail(x: torch.Tensor) -> torch.Tensor:
 
 def _least_squares(net: nn.Module, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((net(real).float() - 1).square().mean() + net(fake).float().square().mean())
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _crops(images: Sequence[np.ndarray], config: TranslatorConfig, rng: np.random.Generator, symmetries: int) -> torch.Tensor:

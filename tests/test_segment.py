@@ -1,0 +1,202 @@
+"""Targets, augmentation, training, tiled prediction and closed instances."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage as ndi
+from skimage import measure, segmentation
+from torch import nn
+
+from graincast.config import Augment, Segmenter, Simulate
+from graincast.errors import UserError
+from graincast.evaluate.metrics import score_labels
+from graincast.segment.augment import augmented_crop, imitate
+from graincast.segment.instances import instances
+from graincast.segment.network import DEPTH_PX, build_network, targets
+from graincast.segment.segmenter import HALO, TILE, predict_maps
+from graincast.segment.segmenter import Segmenter as TrainedSegmenter
+from graincast.segment.train import train_segmenter
+from graincast.simulate.library import simulate_structure
+
+QUIET = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
+SMALL = Segmenter(epochs=2, crops_per_image=2, batch=2, crop=64, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
+    config = Simulate(size=128, grains=18, steps=300)
+    return [simulate_structure(config, index) for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained(pairs) -> TrainedSegmenter:
+    return train_segmenter(pairs[:3], pairs[3:], SMALL)
+
+
+class TestTargets:
+    def test_line_and_depth(self, pairs):
+        line, depth = targets(pairs[0][1])
+        assert set(np.unique(line)) == {0.0, 1.0}
+        assert np.array_equal(depth, np.minimum(ndi.distance_transform_edt(line == 0) / DEPTH_PX, 1).astype(np.float32))
+        assert measure.label(line == 0, connectivity=1).max() == pairs[0][1].max()
+
+    def test_do_not_depend_on_the_width_of_the_zeros(self, pairs):
+        labels = pairs[0][1]
+        thick = np.where(ndi.grey_erosion(labels, 3) != ndi.grey_dilation(labels, 3), 0, labels)
+        line, thick_line = targets(labels)[0], targets(thick)[0]
+        assert (ndi.distance_transform_edt(line == 0)[thick_line > 0] <= 2).mean() > 0.98
+
+    def test_one_grain(self):
+        line, depth = targets(np.ones((8, 8), np.int32))
+        assert not line.any()
+        assert (depth == 1).all()
+
+
+class TestInstances:
+    def test_perfect_maps_give_the_truth(self, pairs):
+        for _, labels in pairs:
+            found = instances(targets(labels), 0.5)
+            assert score_labels(found, labels)["ap50"] == 1
+            assert found.min() == 1
+
+    def test_broken_boundary_is_closed(self):
+        labels = np.zeros((60, 60), np.int32)
+        labels[:, :29], labels[:, 31:] = 1, 2
+        line, depth = targets(labels)
+        line[25:35] = 0  # a gap of 10 px in the line; the depth still dips there
+        assert instances(np.stack([line, depth]), 0.5).max() == 2
+
+    def test_small_grains_go_to_their_neighbours(self):
+        labels = np.ones((60, 60), np.int32)
+        labels[20:24, 20:24] = 2
+        maps = np.stack([segmentation.find_boundaries(labels).astype(np.float32), np.where(labels == 2, 0.9, 0.8).astype(np.float32)])
+        maps[1][maps[0] > 0] = 0
+        assert instances(maps, 0.5, min_area=0).max() == 2
+        assert instances(maps, 0.5, min_area=60).max() == 1
+
+    def test_nothing_seeds(self):
+        assert (instances(np.zeros((2, 9, 9), np.float32), 0.5) == 1).all()
+
+
+class TestAugmentation:
+    def test_nothing_asked_nothing_done(self, pairs):
+        image, labels = pairs[0]
+        crop, ids = augmented_crop(image, labels, 128, QUIET, np.random.default_rng(0))
+        turned = [(np.rot90(image, k)[:, ::flip], np.rot90(labels, k)[:, ::flip]) for k in range(4) for flip in (1, -1)]
+        assert any(np.array_equal(crop, i) and np.array_equal(ids, l) for i, l in turned)
+
+    def test_labels_stay_on_the_image(self, pairs):
+        labels = pairs[0][1]
+        image = np.where(labels == 0, 0, 200).astype(np.uint8)
+        config = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1.5)
+        for seed in range(20):
+            crop, ids = augmented_crop(image, labels, 64, config, np.random.default_rng(seed))
+            assert crop.shape == ids.shape == (64, 64)
+            assert ((crop < 100) == (ids == 0)).mean() > 0.95
+
+    def test_noise_grows_with_the_signal_and_lines_are_rows(self):
+        rng = np.random.default_rng(0)
+        flat = np.repeat(np.array([[40.0, 160.0]], np.float32), 256, 0).repeat(128, 1)
+        shot = Augment(gain=0, offset=0, blur_px=0, noise=0.1, line_noise=0)
+        stds = np.mean([[imitate(flat, shot, rng)[:, half].std() for half in (slice(0, 128), slice(128, 256))] for _ in range(20)], axis=0)
+        assert stds[1] / stds[0] == pytest.approx(2, rel=0.1)
+        rows = imitate(flat, Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0.1), rng)
+        assert rows.std(axis=0).mean() > 1
+        assert rows[:, :128].std(axis=1).max() < 1e-3
+
+
+class Local(nn.Module):
+    """A network whose pixels see no farther than 3 px, to tell a tiled prediction from a whole one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.kernel = nn.Parameter(torch.randn(2, 1, 7, 7, generator=generator) / 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, self.kernel, padding=3)
+
+
+class TestPrediction:
+    @pytest.mark.parametrize("shape", [(33, 47), (TILE, TILE), (TILE + 1, 300), (900, 1150)])
+    def test_tiles_leave_no_trace(self, shape):
+        image = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+        network = Local().eval()
+        maps = predict_maps(network, image, "float32")
+        grey = image.astype(np.float32)
+        padded = np.pad((grey - grey.mean()) / grey.std(), HALO, mode="symmetric")
+        with torch.no_grad():
+            whole = torch.sigmoid(network(torch.from_numpy(padded)[None, None]))[0, :, HALO:-HALO, HALO:-HALO].numpy()
+        assert maps.shape == (2, *shape)
+        np.testing.assert_allclose(maps, whole, atol=1e-5)
+
+    def test_gain_and_offset_do_not_matter(self, trained, pairs):
+        image = pairs[3][0] // 2
+        np.testing.assert_allclose(predict_maps(trained.network, image, "float32"), predict_maps(trained.network, image * 2 + 3, "float32"), atol=1e-3)
+
+
+class TestTraining:
+    def test_learns_to_segment(self, pairs):
+        figures = []
+        segmenter = train_segmenter(pairs[:3], pairs[3:], Segmenter(epochs=12, crops_per_image=8, batch=4, crop=64, device="cpu", augment=QUIET),
+                                    log=lambda epoch, row: figures.append(row))
+        assert figures[-1]["train_loss"] < 0.5 * figures[0]["train_loss"]
+        assert score_labels(segmenter.segment(pairs[3][0]), pairs[3][1])["ap50"] > 0.8
+
+    def test_same_seed_same_bytes_and_round_trip(self, pairs, trained, tmp_path):
+        again = train_segmenter(pairs[:3], pairs[3:], SMALL)
+        for name, segmenter in (("a", trained), ("b", again)):
+            (tmp_path / name).mkdir()
+            segmenter.save(tmp_path / name)
+        assert (tmp_path / "a" / "segmenter.safetensors").read_bytes() == (tmp_path / "b" / "segmenter.safetensors").read_bytes()
+        loaded = TrainedSegmenter.load(tmp_path / "a", device="cpu")
+        assert loaded.config == SMALL.model_dump()
+        assert np.array_equal(loaded.segment(pairs[0][0]), trained.segment(pairs[0][0]))
+
+    def test_stops_early(self, pairs):
+        epochs = []
+        config = SMALL.model_copy(update={"epochs": 40, "patience": 1, "learning_rate": 0.5})
+        train_segmenter(pairs[:3], pairs[3:], config, log=lambda epoch, row: epochs.append(epoch))
+        assert len(epochs) < 40
+
+    @pytest.mark.parametrize(("training", "validation", "crop", "message"), [
+        (0, 1, 64, "training set is empty"), (1, 0, 64, "validation set is empty"), (1, 1, 160, "smaller than segmenter.crop of 160 px")])
+    def test_unusable_sets_are_named(self, pairs, training, validation, crop, message):
+        with pytest.raises(UserError, match=message):
+            train_segmenter(pairs[:training], pairs[:validation], SMALL.model_copy(update={"crop": crop}))
+
+    def test_unknown_network_is_named(self):
+        with pytest.raises(UserError, match=r"segmenter\.architecture 'Unet' with encoder 'resnet19'"):
+            build_network("Unet", "resnet19", None)
+
+    def test_missing_model_is_named(self, tmp_path):
+        with pytest.raises(UserError, match="holds no segmenter"):
+            TrainedSegmenter.load(tmp_path)
+
+
+def test_trains_where_only_the_numerical_libraries_are():
+    """No orchestration, tracking, versioning, table or instrument library is imported by either training."""
+    program = """
+        import sys
+        blocked = "zenml mlflow dvc great_expectations evidently pandas pyarrow rsciio numba typer matplotlib jinja2"
+        sys.modules.update(dict.fromkeys(blocked.split()))
+        import numpy as np
+        from graincast.config import Segmenter, Translator
+        from graincast.segment.train import train_segmenter
+        from graincast.synthesise.cyclegan.train import train_cyclegan
+        labels = np.kron(np.arange(1, 17).reshape(4, 4), np.ones((16, 16), int)).astype(np.int32)
+        image = (labels * 15).astype(np.uint8)
+        translator = train_cyclegan([image], [image], Translator(steps=1, crop=32, filters=4, residual_blocks=0))
+        translated = translator.to_sem(image, 0)
+        segmenter = train_segmenter([(translated, labels)], [(translated, labels)], Segmenter(epochs=1, crop=32))
+        print(segmenter.segment(image).shape)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(64, 64)"

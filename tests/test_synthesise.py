@@ -1,0 +1,182 @@
+"""The translator, label fidelity and the synthetic set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graincast.config import Simulate, Synthesise, Translator
+from graincast.errors import UserError
+from graincast.simulate.library import simulate_structure
+from graincast.store.imageset import ImageSet, ImageSetWriter
+from graincast.synthesise.cyclegan.model import Generator
+from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, train_cyclegan
+from graincast.synthesise.fidelity import TOLERANCE_PX, label_fidelity
+from graincast.synthesise.generate import synthesise
+from graincast.synthesise.polarity import boundaries_are_bright
+
+SMALL = Translator(steps=3, batch=2, crop=32, filters=4, residual_blocks=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def structure() -> tuple[np.ndarray, np.ndarray]:
+    return simulate_structure(Simulate(size=192, grains=40, steps=400), 0)
+
+
+@pytest.fixture(scope="module")
+def translator(structure: tuple[np.ndarray, np.ndarray]) -> CycleGAN:
+    return train_cyclegan([structure[0]], [structure[0][::-1]], SMALL)
+
+
+class TestFidelity:
+    def test_own_picture_is_faithful(self, structure):
+        assert label_fidelity(*structure) > 0.85
+
+    def test_contrast_does_not_matter(self, structure):
+        picture, labels = structure
+        assert label_fidelity(255 - picture, labels) == pytest.approx(label_fidelity(picture, labels), abs=0.02)
+
+    def test_falls_as_boundaries_move(self, structure):
+        picture, labels = structure
+        moved = [label_fidelity(np.roll(picture, (s, s), (0, 1)), labels) for s in (0, 1, TOLERANCE_PX, 4, 6)]
+        assert moved == sorted(moved, reverse=True)
+        assert moved[-1] < 0.1
+
+    def test_noise_is_chance(self, structure):
+        rng = np.random.default_rng(0)
+        drawn = [label_fidelity(rng.integers(0, 255, structure[0].shape).astype(np.uint8), structure[1]) for _ in range(12)]
+        assert abs(np.mean(drawn)) < 0.06
+
+    def test_one_grain_has_none(self):
+        assert np.isnan(label_fidelity(np.zeros((40, 40), np.uint8), np.ones((40, 40), np.int32)))
+
+
+def test_polarity_is_told_from_the_images(structure):
+    picture = structure[0]
+    assert not boundaries_are_bright([picture])
+    assert boundaries_are_bright([255 - picture])
+
+
+class TestNetworks:
+    def test_upsampling_is_not_transposed_convolution(self):
+        kinds = {type(module) for module in Generator(4, 1, noise=True).modules()}
+        assert nn.ConvTranspose2d not in kinds
+        assert nn.Upsample in kinds
+
+    def test_inversion_guard_pushes_on_inverted_contrast_only(self, structure):
+        x = torch.from_numpy(structure[0][None, None].astype(np.float32) / 127.5 - 1)
+        assert _inversion(x, x) == 0
+        assert _inversion(x, -x) == pytest.approx(1.3, abs=1e-3)
+        flipped = (-x).clone().requires_grad_()
+        _inversion(x, flipped).backward()
+        assert torch.sum(flipped.grad * x) < 0  # a step against the gradient turns the contrast back
+
+    def test_cycle_on_micrographs_forgives_fresh_noise(self):
+        generator = torch.Generator().manual_seed(0)
+        noise, other = (torch.randn(2, 1, 64, 64, generator=generator) for _ in range(2))
+        assert _smooth_l1(noise, other) < 0.25 * (noise - other).abs().mean()
+        assert _smooth_l1(noise + 1, noise) == pytest.approx(1, abs=1e-5)
+
+    def test_pool_gives_half_new_half_old(self):
+        pool = _Pool(10, seed=0)
+        given = torch.cat([pool.exchange(torch.full((1, 1, 1, 1), float(i))) for i in range(400)]).flatten()
+        fresh = given[50:] == torch.arange(50, 400)
+        assert 0.4 < fresh.float().mean() < 0.6
+        assert len(pool.images) == 10
+
+
+class TestTraining:
+    def test_same_seed_same_weights(self, structure, translator, tmp_path):
+        again = train_cyclegan([structure[0]], [structure[0][::-1]], SMALL)
+        for name, net in (("a", translator), ("b", again)):
+            (tmp_path / name).mkdir()
+            net.save(tmp_path / name)
+        assert (tmp_path / "a" / "translator.safetensors").read_bytes() == (tmp_path / "b" / "translator.safetensors").read_bytes()
+
+    def test_other_seed_other_weights(self, structure, translator):
+        other = train_cyclegan([structure[0]], [structure[0][::-1]], SMALL.model_copy(update={"seed": 1}))
+        assert any(not torch.equal(a, b) for a, b in zip(translator.forward.parameters(), other.forward.parameters(), strict=True))
+
+    def test_losses_are_reported_every_step(self, structure):
+        seen = {}
+        train_cyclegan([structure[0]], [structure[0]], SMALL, log=lambda step, losses: seen.update({step: dict(losses)}))
+        assert list(seen) == [0, 1, 2]
+        assert set(seen[0]) == {"adversarial_f", "adversarial_g", "cycle", "identity", "polarity", "discriminator_sem", "discriminator_sim"}
+        assert all(np.isfinite(list(losses.values())).all() for losses in seen.values())
+
+    def test_keeps_shape_of_any_size_and_round_trips(self, translator, tmp_path):
+        picture = np.random.default_rng(0).integers(0, 255, (61, 83)).astype(np.uint8)
+        translator.save(tmp_path)
+        loaded = CycleGAN.load(tmp_path)
+        image = translator.to_sem(picture, seed=5)
+        assert image.shape == picture.shape
+        assert image.dtype == np.uint8
+        assert np.array_equal(loaded.to_sem(picture, seed=5), image)
+        assert not np.array_equal(loaded.to_sem(picture, seed=6), image)
+        assert loaded.to_simulation(picture).shape == picture.shape
+
+    def test_bright_boundaries_invert_the_simulation_side(self, structure):
+        bright = train_cyclegan([structure[0]], [255 - structure[0]], SMALL, bright_boundaries=True)
+        plain = CycleGAN(bright.forward, bright.backward, False, bright.config)
+        assert np.array_equal(bright.to_sem(structure[0], 0), plain.to_sem(255 - structure[0], 0))
+
+    def test_images_smaller_than_a_crop_are_named(self, structure):
+        with pytest.raises(UserError, match=r"micrographs \(20 x 30 px\).*crop of 32 px"):
+            train_cyclegan([structure[0]], [np.zeros((30, 20), np.uint8)], SMALL)
+
+    def test_missing_translator_is_named(self, tmp_path):
+        with pytest.raises(UserError, match=r"holds no translator"):
+            CycleGAN.load(tmp_path)
+
+
+class Shifting:
+    """A synthesiser that leaves even morphologies alone and moves odd ones by 6 px: half of its images are wrong."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
+        self.calls += 1
+        return picture if self.calls % 2 else np.roll(picture, (6, 6), (0, 1))
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Shifting:
+        return cls()
+
+
+@pytest.fixture
+def morphologies(structure, tmp_path) -> ImageSet:
+    with ImageSetWriter(tmp_path / "morphologies", "morphologies") as writer:
+        for k in range(4):
+            writer.add(structure[0], id=f"m{k}", labels=structure[1])
+    return writer.result
+
+
+class TestSyntheticSet:
+    def test_unfaithful_images_are_dropped_and_counted(self, morphologies, tmp_path):
+        made = synthesise(morphologies, Shifting(), Synthesise(), tmp_path / "set", synthesiser_digest="abc.dir")
+        assert list(made.rows["morphology"]) == ["m0", "m2"]
+        assert len(made.refused) == 2
+        assert made.refused["refused"].str.contains("below synthesise.min_fidelity").all()
+        assert (made.rows["fidelity"] > 0.85).all()
+        assert (made.refused["fidelity"] < 0.5).all()
+        assert made.info["parents"] == {"morphologies": morphologies.digest, "translator": "abc.dir"}
+
+    def test_labels_are_the_morphologys_own(self, morphologies, translator, tmp_path):
+        made = synthesise(morphologies, translator, Synthesise(min_fidelity=-1, copies=2), tmp_path / "set", synthesiser_digest="abc.dir")
+        assert len(made) == 8
+        assert np.array_equal(made.labels(3), morphologies.labels(1))
+        assert not np.array_equal(made.image(0), made.image(1))
+
+    def test_a_translator_that_moves_everything_is_refused(self, morphologies, tmp_path):
+        always = Shifting()
+        always.to_sem = lambda picture, seed: np.roll(picture, (6, 6), (0, 1))
+        with pytest.raises(UserError, match=r"not one image was accepted.*fidelity"):
+            synthesise(morphologies, always, Synthesise(), tmp_path / "set", synthesiser_digest="abc.dir")
+        assert not (tmp_path / "set").exists()
