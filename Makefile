@@ -11,7 +11,7 @@ MASK_DIR ?=
 ENV := . ./env.sh
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-cache-dir --quiet
 
-# The stack is set up once for every place that the environment points it at.
+# Set up anew whenever the environment points it elsewhere.
 PLACES := $(shell $(ENV) && echo "$$ZENML_CONFIG_PATH $$ZENML_STORE_URL $$ZENML_ACTIVE_STACK_ID $$MLFLOW_TRACKING_URI" | cksum | cut -d' ' -f1)
 INSTALLED := .venv/.installed
 STACK := .graincast/stack-$(PLACES)
@@ -31,7 +31,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 $(STACK): $(INSTALLED) pipelines/stack.py env.sh
 	@echo "setting up the ZenML stack, MLflow and DVC"
-	@mkdir -p .graincast
+	@mkdir -p .graincast && rm -f .graincast/stack-*
 	@$(ENV) && python -m pipelines.stack
 	@touch $@
 
