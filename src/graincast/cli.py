@@ -15,7 +15,9 @@ from rich.table import Table
 from graincast.config import Config, load_config, parse_config
 from graincast.errors import UserError
 
-app = typer.Typer(help="Label-free grain segmentation of SEM micrographs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Label-free grain segmentation of SEM micrographs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 def main() -> None:
@@ -31,7 +33,10 @@ def main() -> None:
 def segment(
     sources: Annotated[list[Path], typer.Argument(help="micrographs, or folders of them")],
     out: Annotated[Path, typer.Option(help="folder for the results")],
-    model: Annotated[str | None, typer.Option(help="MLflow model URI, e.g. models:/graincast-segmenter/3; default: the registered champion, else the newest version")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="MLflow model URI, e.g. models:/graincast-segmenter/3; default: the registered champion, else the newest version"),
+    ] = None,
     pixel_size: Annotated[float | None, typer.Option(min=1e-6, help="pixel size in um of files whose metadata has none")] = None,
 ) -> None:
     """Find the grains of micrographs: label TIFF, overlay PNG, CSV of grains and a JSON summary."""
@@ -63,22 +68,24 @@ def configure(
     out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
 ) -> None:
     """Write a copy of a configuration with some keys changed; unknown keys are refused."""
-    load_config(base)
-    document = yaml.safe_load(base.read_text())
-    tree = document["parameters"]["config"] or {}
+    tree = load_config(base).model_dump(exclude_unset=True)
     for assignment in set_:
-        key, equals, value = assignment.partition("=")
+        key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: KEY=VALUE would be right, e.g. segmenter.epochs=50")
-        *sections, name = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = yaml.safe_load(value)
-    parse_config(tree, str(out))
-    document["parameters"]["config"] = tree
+        tree = _assign(tree, key, text)
+    document = yaml.safe_load(base.read_text())
+    document["parameters"]["config"] = parse_config(tree, str(out)).model_dump(exclude_unset=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def _assign(tree: Any, key: str, text: str) -> dict[str, Any]:
+    """The tree with another value; its type is left to `parse_config`, so that a folder may well be called 2026-11-20."""
+    first, dot, rest = key.partition(".")
+    tree = tree if isinstance(tree, dict) else {}
+    value = _assign(tree.get(first), rest, text) if dot else None if text == "null" else text
+    return {**tree, first: value}
 
 
 @app.command()

@@ -26,11 +26,17 @@ class VirtualSem(Section):
     """Imaging physics of the virtual SEM; the effects are described in `graincast.microscope.virtual_sem`."""
 
     groove_depth_um: float = Field(0.19, ge=0, description="mean depth of the thermal grooves at grain boundaries, shoulder to root, um")
-    groove_depth_spread: float = Field(0.55, ge=0, description="spread of that depth from boundary to boundary, standard deviation, fraction of the mean")
+    groove_depth_spread: float = Field(
+        0.55, ge=0,
+        description="spread of that depth from boundary to boundary, standard deviation, fraction of the mean",
+    )
     groove_width_um: float = Field(0.75, gt=0, description="width of the grooves, shoulder to shoulder, um")
     facet_tilt_deg: float = Field(4.0, ge=0, lt=45, description="tilt of the grains' surfaces, standard deviation in x and in y, degrees")
     roughness_um: float = Field(0.01, ge=0, description="roughness of the grains' surfaces, root mean square, um")
-    roughness_length_um: float = Field(0.15, gt=0, description="correlation length of the roughness (standard deviation of the smoothing Gaussian), um")
+    roughness_length_um: float = Field(
+        0.15, gt=0,
+        description="correlation length of the roughness (standard deviation of the smoothing Gaussian), um",
+    )
     topography: float = Field(0.5, ge=0, description="share of the 1/cos(tilt) law in the signal; 1 = pure secondary electrons")
     edge_brightening_um: float = Field(0.04, ge=0, description="extra signal per convex curvature of the surface (fraction of the mean per 1/um), um")
     shadowing: float = Field(0.8, ge=0, le=1, description="share of the electrons that are lost where the surface blocks their path")
@@ -45,7 +51,10 @@ class VirtualSem(Section):
     drift_px: float = Field(1.5, ge=0, description="specimen drift over one frame, px; half of it before and half after the middle line")
     line_jitter_px: float = Field(0.3, ge=0, description="random shift of each scan line, standard deviation, px")
     line_gain: float = Field(0.01, ge=0, description="random gain of each scan line, standard deviation, fraction")
-    charging: float = Field(-0.4, description="trails after bright features along the scan, fraction of the feature's excess over the mean; positive: bright, negative: dark")
+    charging: float = Field(
+        -0.4,
+        description="trails after bright features along the scan, fraction of the feature's excess over the mean; positive: bright, negative: dark",
+    )
     charging_length_um: float = Field(1.0, gt=0, description="length over which a charging trail falls to 1/e, um")
     electrons: float = Field(150.0, gt=0, le=1e12, description="mean detected electrons a pixel; shot noise follows from it")
     detector_noise: float = Field(0.015, ge=0, description="electronic noise, standard deviation, fraction of full scale")
@@ -61,7 +70,10 @@ class VirtualSession(Section):
     size: int = Field(512, ge=64, description="width and height of the imaged field, px (the info bar is added below)")
     pixel_size_um: float = Field(0.05, gt=0, description="pixel size, um")
     grain_diameter_um: float = Field(1.9, gt=0, description="mean equivalent grain diameter, um")
-    area_spread: float = Field(0.5, ge=0, le=1, description="coefficient of variation of the grain areas before they relax; wider than the training default")
+    area_spread: float = Field(
+        0.5, ge=0, le=1,
+        description="coefficient of variation of the grain areas before they relax; wider than the training default",
+    )
     sem: VirtualSem = VirtualSem()
     seed: int = Field(101, ge=0, description="seed of grains and imaging")
 
@@ -70,7 +82,10 @@ class Session(Section):
     """Where the micrographs come from."""
 
     folder: str | None = Field(None, description="folder of micrographs (searched recursively) or one file; null takes the virtual SEM")
-    masks: str | None = Field(None, description="folder of expert masks named like the micrographs (255 = boundary line), for the evaluation only; null: none")
+    masks: str | None = Field(
+        None,
+        description="folder of expert masks named like the micrographs (255 = boundary line), for the evaluation only; null: none",
+    )
     virtual: VirtualSession = VirtualSession()
 
 
@@ -82,7 +97,10 @@ class Simulate(Section):
     validation_structures: int = Field(6, ge=1, description="unseen morphologies for the held-out synthetic set")
     size: int = Field(256, ge=32, description="width and height of a morphology, px")
     grains: int = Field(72, ge=2, description="grains a morphology starts with")
-    area_spread: float = Field(0.35, ge=0, le=1, description="coefficient of variation of the initial grain areas; 0 = nearly equal, about 0.53 = Poisson-Voronoi")
+    area_spread: float = Field(
+        0.35, ge=0, le=1,
+        description="coefficient of variation of the initial grain areas; 0 = nearly equal, about 0.53 = Poisson-Voronoi",
+    )
     steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
     time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
     grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
@@ -226,7 +244,7 @@ def load_config(path: Path | str) -> Config:
 
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key = ".".join(location) or "config"
     if error["type"] != "extra_forbidden":
         return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
     section: Any = Config
