@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage as ndi
 from torch import nn
 
 from graincast.config import Simulate, Synthesise, Translator
@@ -14,7 +15,7 @@ from graincast.errors import UserError
 from graincast.simulate.library import simulate_structure
 from graincast.store.imageset import ImageSet, ImageSetWriter
 from graincast.synthesise.cyclegan.model import Generator
-from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, train_cyclegan
+from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, tone_curve, train_cyclegan
 from graincast.synthesise.fidelity import TOLERANCE_PX, label_fidelity
 from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
@@ -78,7 +79,7 @@ class TestNetworks:
     def test_cycle_on_micrographs_forgives_fresh_noise(self):
         generator = torch.Generator().manual_seed(0)
         noise, other = (torch.randn(2, 1, 64, 64, generator=generator) for _ in range(2))
-        assert _smooth_l1(noise, other) < 0.25 * (noise - other).abs().mean()
+        assert _smooth_l1(noise, other) < 0.4 * (noise - other).abs().mean()
         assert _smooth_l1(noise + 1, noise) == pytest.approx(1, abs=1e-5)
 
     def test_pool_gives_half_new_half_old(self):
@@ -117,12 +118,16 @@ class TestTraining:
         assert image.dtype == np.uint8
         assert np.array_equal(loaded.to_sem(picture, seed=5), image)
         assert not np.array_equal(loaded.to_sem(picture, seed=6), image)
-        assert loaded.to_simulation(picture).shape == picture.shape
 
-    def test_bright_boundaries_invert_the_simulation_side(self, structure):
-        bright = train_cyclegan([structure[0]], [255 - structure[0]], SMALL, bright_boundaries=True)
-        plain = CycleGAN(bright.forward, bright.backward, False, bright.config)
-        assert np.array_equal(bright.to_sem(structure[0], 0), plain.to_sem(255 - structure[0], 0))
+    def test_tones_take_the_micrographs_histogram(self, structure):
+        picture = structure[0]
+        target = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 255, (24, 24)), 8, 0), 8, 1).astype(np.uint8)
+        for bright in (False, True):
+            tones = tone_curve([picture], [target], bright)
+            steps = np.diff(tones.astype(int))[picture.min() : picture.max()]
+            assert (steps <= 0).all() if bright else (steps >= 0).all()
+            quantiles = np.quantile(tones[picture], [0.1, 0.5, 0.9])
+            np.testing.assert_allclose(quantiles, np.quantile(ndi.gaussian_filter(target.astype(float), 1.5), [0.1, 0.5, 0.9]), atol=4)
 
     def test_images_smaller_than_a_crop_are_named(self, structure):
         with pytest.raises(UserError, match=r"micrographs \(20 x 30 px\).*crop of 32 px"):

@@ -125,10 +125,10 @@ class Ingest(Section):
 class Translator(Section):
     """The CycleGAN between simulation and SEM (Zhu et al. 2017)."""
 
-    steps: int = Field(400, ge=1, description="optimiser steps of generators and discriminators")
+    steps: int = Field(300, ge=1, description="optimiser steps of generators and discriminators")
     batch: int = Field(4, ge=1, description="crops a step")
     crop: int = Field(128, ge=32, multiple_of=8, description="crop side, px")
-    filters: int = Field(24, ge=4, description="filters of the generators' first layer")
+    filters: int = Field(16, ge=4, description="filters of the generators' first layer")
     residual_blocks: int = Field(3, ge=0, description="residual blocks of each generator")
     learning_rate: float = Field(4e-4, gt=0, description="Adam learning rate of generators and discriminators")
     decay_from: float = Field(0.5, ge=0, le=1, description="fraction of the steps after which the learning rate falls linearly to 0")
@@ -166,7 +166,7 @@ class Segmenter(Section):
     architecture: str = Field("Unet", description="decoder, a segmentation-models-pytorch architecture")
     encoder: str = Field("resnet18", description="encoder, a segmentation-models-pytorch encoder")
     encoder_weights: str | None = Field(None, description="pretrained encoder weights, e.g. imagenet (needs a network); null: from scratch")
-    epochs: int = Field(30, ge=1, description="epochs at most; an epoch sees every synthetic image once")
+    epochs: int = Field(24, ge=1, description="epochs at most; an epoch sees every synthetic image once")
     crops_per_image: int = Field(4, ge=1, description="random crops drawn from each image an epoch")
     batch: int = Field(8, ge=1, description="crops a step")
     crop: int = Field(128, ge=32, multiple_of=32, description="crop side, px")

@@ -53,11 +53,15 @@ class Generator(nn.Module):
             nn.init.dirac_(self.colour.weight)
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.tanh(sum(self.parts(image, noise)))
+
+    def parts(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the output is the hyperbolic tangent of the sum of: the content and the added noise."""
         if self.colour is None:
-            return torch.tanh(image + self._head(image))
+            return image + self._head(image), torch.zeros_like(image)
         noise = torch.randn_like(image) if noise is None else noise
         change, strength = self._head(torch.cat([image, noise], dim=1)).chunk(2, dim=1)
-        return torch.tanh(image + change + self.noise_level * torch.exp(strength.clamp(-4, 4)) * self.colour(noise))
+        return image + change, self.noise_level * torch.exp(strength.clamp(-2, 1)) * self.colour(noise).float()
 
     def _head(self, image: torch.Tensor) -> torch.Tensor:
         coarse = self.up(self.blocks(self.down(self.stem(image))))

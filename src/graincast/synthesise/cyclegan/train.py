@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage as ndi
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 WEIGHTS = "translator.safetensors"
 AVERAGING = 0.98
 """Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
-TEXTURE_PX = 5
+DENOISE_PX = 1.5
+"""Standard deviation of the Gaussian that takes the noise out of micrographs before their histogram is taken, px."""
+TEXTURE_PX = 3
 """Side of the window below which a micrograph's detail counts as texture, which the cycle need not bring back, px."""
 POLARITY_MARGIN = 0.3
 """Correlation of input and output detail below which the guard against contrast inversion pushes back."""
@@ -39,18 +42,20 @@ class CycleGAN:
     Attributes
     ----------
     forward : Generator
-        F, simulation -> SEM, with a noise channel.
+        F, simulation -> SEM, with noise.
     backward : Generator
         G, SEM -> simulation.
+    tones : ndarray
+        uint8 (256,): grey level in which F is shown each grey level of a picture (`tone_curve`).
     bright_boundaries : bool
-        Whether boundaries are brighter than grains in the micrographs; simulated pictures, whose boundaries are dark,
-        are then inverted before F sees them, so that F never has to turn contrast round.
+        Whether boundaries are brighter than grains in the micrographs.
     config : dict
         The configuration it was trained with.
     """
 
     forward: Generator
     backward: Generator
+    tones: np.ndarray
     bright_boundaries: bool
     config: dict[str, Any]
 
@@ -58,24 +63,15 @@ class CycleGAN:
     def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
         """See `graincast.synthesise.base.Synthesiser.to_sem`."""
         noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(picture.shape, np.float32))
-        batch = _to_tensor([255 - picture if self.bright_boundaries else picture])
-        padded, crop = _pad(torch.cat([batch, noise[None, None]], dim=1))
-        device = next(self.forward.parameters()).device
-        padded = padded.to(device)
+        padded, crop = _pad(torch.cat([_to_tensor([self.tones[picture]]), noise[None, None]], dim=1))
+        padded = padded.to(next(self.forward.parameters()).device)
         return _to_uint8(self.forward.eval()(padded[:, :1], padded[:, 1:])[0, 0][crop])
-
-    @torch.no_grad()
-    def to_simulation(self, image: np.ndarray) -> np.ndarray:
-        """Simulated picture (dark boundaries), uint8 (height, width), of a micrograph, uint8 of the same shape."""
-        padded, crop = _pad(_to_tensor([image]))
-        picture = _to_uint8(self.backward.eval()(padded.to(next(self.backward.parameters()).device))[0, 0][crop])
-        return 255 - picture if self.bright_boundaries else picture
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
         weights = {f"{part}.{name}": value.detach().cpu().contiguous() for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
-        save_weights(folder / WEIGHTS, weights, {"config": self.config, "bright_boundaries": self.bright_boundaries})
+        save_weights(folder / WEIGHTS, weights, {"config": self.config, "tones": self.tones.tolist(), "bright_boundaries": self.bright_boundaries})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -86,7 +82,7 @@ class CycleGAN:
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
-        return cls(nets["forward"], nets["backward"], header["bright_boundaries"], config)
+        return cls(nets["forward"], nets["backward"], np.array(header["tones"], np.uint8), header["bright_boundaries"], config)
 
 
 def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
@@ -116,10 +112,10 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
     UserError
         If no picture, or no micrograph, is as large as a crop.
     """
-    if bright_boundaries:
-        pictures = [255 - picture for picture in pictures]
     pictures = _large_enough(pictures, config.crop, "simulated pictures", "simulate.size")
     micrographs = _large_enough(micrographs, config.crop, "micrographs", "translator.crop")
+    tones = tone_curve(pictures, micrographs, bright_boundaries)
+    pictures = [tones[picture] for picture in pictures]
     device = pick_device(config.device)
     with seeded(config.seed):
         training = _Training(config, device)
@@ -132,10 +128,27 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
             losses = training.step(sim, sem)
             if log:
                 log(step, losses)
-    return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), bright_boundaries, config.model_dump())
+    return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), tones, bright_boundaries, config.model_dump())
 
 
 Net = TypeVar("Net", Generator, Discriminator)
+
+
+def tone_curve(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], bright_boundaries: bool) -> np.ndarray:
+    """Grey levels that give simulated pictures the histogram of the micrographs, noise apart.
+
+    The translator starts from there and needs not spend its training on brightness and contrast; where boundaries are
+    bright the pictures are inverted first, so that F never has to turn contrast round.
+
+    Returns
+    -------
+    ndarray
+        uint8 (256,), monotone: rising, or falling where `bright_boundaries`.
+    """
+    counts = sum((np.bincount(picture.ravel(), minlength=256) for picture in pictures), np.zeros(256))
+    rank = (np.cumsum(counts) - counts / 2) / counts.sum()
+    smooth = np.concatenate([ndi.gaussian_filter(image.astype(np.float32), DENOISE_PX).ravel() for image in micrographs])
+    return np.rint(np.quantile(smooth, 1 - rank if bright_boundaries else rank)).astype(np.uint8)
 
 
 class _Training:
@@ -188,14 +201,17 @@ class _Training:
 
     def _generator_losses(self, sim: torch.Tensor, sem: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         config = self.config
-        fake_sem, fake_sim = self.f(sim), self.g(sem)
+        content, noise = self.f.parts(sim)
+        fake_sem, fake_sim = torch.tanh(content + noise), self.g(sem)
+        returned = self.g(torch.tanh(content + noise.detach()))  # how strong the noise is, the discriminator alone decides
+        silent = torch.zeros_like(sem)  # no noise where a micrograph's own pixels are asked for: its noise cannot be guessed
         for net in (self.d_sem, self.d_sim):
             net.requires_grad_(False)
         losses = {
             "adversarial_f": (self.d_sem(fake_sem).float() - 1).square().mean(),
             "adversarial_g": (self.d_sim(fake_sim).float() - 1).square().mean(),
-            "cycle": config.cycle_weight * (F.l1_loss(self.g(fake_sem).float(), sim) + _smooth_l1(self.f(fake_sim), sem)),
-            "identity": config.identity_weight * (_smooth_l1(self.f(sem), sem) + F.l1_loss(self.g(sim).float(), sim)),
+            "cycle": config.cycle_weight * (F.l1_loss(returned.float(), sim) + _smooth_l1(self.f(fake_sim, silent), sem)),
+            "identity": config.identity_weight * (_smooth_l1(self.f(sem, silent), sem) + F.l1_loss(self.g(sim).float(), sim)),
             "polarity": config.polarity_weight * (_inversion(sim, fake_sem) + _inversion(sem, fake_sim)),
         }
         for net in (self.d_sem, self.d_sim):
@@ -230,7 +246,7 @@ class _Pool:
 
 
 def _smooth_l1(result: torch.Tensor, sem: torch.Tensor) -> torch.Tensor:
-    """L1 distance of smoothed micrographs: noise is drawn anew each time, so asking for its pixels would silence it."""
+    """L1 distance of micrographs, finest texture apart."""
     return F.l1_loss(F.avg_pool2d(result.float(), TEXTURE_PX, 1), F.avg_pool2d(sem, TEXTURE_PX, 1))
 
 

@@ -1,0 +1,389 @@
+"""Reading micrographs: pixels, pixel size and the instrument's settings from the files that microscopes write.
+
+TIFF goes through tifffile, PNG through imagecodecs, JPEG and BMP through Pillow, the makers' own formats through RosettaSciIO.
+Image files also carry the operator's name, comments and paths. Only the physical fields named in this module
+leave it; nothing else of the metadata does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image
+from skimage.color import rgb2gray
+
+from graincast.errors import UserError
+
+MICROMETRES = {"m": 1e6, "mm": 1e3, "cm": 1e4, "inch": 25400.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0,
+               "microns": 1.0, "micrometer": 1.0, "\\u00B5m": 1.0, "nm": 1e-3, "Å": 1e-4, "A": 1e-4, "pm": 1e-6,
+               "fm": 1e-9}
+"""Micrometres in the units of length that image files use."""
+
+COARSEST_RESOLUTION_TAG_UM = 4.0
+"""Largest pixel size, um, that plain resolution tags are believed: 4 um is 6350 dpi. Coarser ones are what
+software writes for screens and printers (72, 96, 300 dpi ...), not a microscope's calibration."""
+
+PHYSICAL_FIELDS = ("model", "accelerating_voltage_kv", "magnification", "detector", "working_distance_mm",
+                   "dwell_time_us", "beam_current_na", "spot", "field_width_um", "tilt_deg", "pages")
+"""All that `Micrograph.instrument` may hold; ``pages`` counts a file's pages, of which the first is read."""
+
+
+@dataclass(frozen=True)
+class Micrograph:
+    """One micrograph as the instrument took it, info bar included.
+
+    Attributes
+    ----------
+    image : ndarray of float32, shape (H, W)
+        Grey values in [0, 1]. Unsigned 1 to 16 bit integers are divided by their full scale. Types that have no
+        full scale (float, signed and 32 bit integers) stand as they are when they lie in [0, 1] and are
+        stretched from their smallest to their largest value otherwise.
+    bit_depth : int
+        Bits a sample in the file.
+    pixel_size_um : float or None
+        Width of a pixel, um; None when the file does not say.
+    instrument : dict
+        Physical settings; keys are among `PHYSICAL_FIELDS`, units stand in the names.
+    scan_rows : int or None
+        Rows that the beam scanned, as the metadata have it; the file's further rows are the info bar.
+    """
+
+    image: np.ndarray
+    bit_depth: int
+    pixel_size_um: float | None = None
+    instrument: dict[str, str | float] = field(default_factory=dict)
+    scan_rows: int | None = None
+
+
+def read_micrograph(path: Path | str) -> Micrograph:
+    """Read a micrograph.
+
+    Parameters
+    ----------
+    path : Path or str
+        A TIFF (with FEI/Thermo, Zeiss, OME, ImageJ or other metadata), PNG, JPEG or BMP, or a maker's format that
+        RosettaSciIO decodes (see `EXTENSIONS`). Of several pages the first is read.
+
+    Returns
+    -------
+    Micrograph
+
+    Raises
+    ------
+    UserError
+        If the file is absent, empty, truncated, of an unknown or wrong format, no 2-D image, complex, or holds
+        NaN or infinite values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give a micrograph or a folder of micrographs")
+    suffix = path.suffix.lower()
+    if suffix not in EXTENSIONS:
+        raise UserError(f"{path} has an unsupported extension; graincast reads {', '.join(EXTENSIONS)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    try:
+        return _READERS.get(suffix, _read_makers_format)(path)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{path} needs the Python package {error.name} to be read; install it") from error
+    except Exception as error:  # decoders raise all sorts on damaged bytes: the file is at fault, not graincast
+        raise UserError(f"{path} cannot be read as a {suffix[1:].upper()} image: {_sentence(error)}") from error
+
+
+def find_micrographs(path: Path | str) -> list[Path]:
+    """List the micrographs of a folder and its sub-folders.
+
+    Parameters
+    ----------
+    path : Path or str
+        A folder, or one file.
+
+    Returns
+    -------
+    list of Path
+        Files of a known extension (in any case), hidden ones left out, sorted by their path in the folder.
+
+    Raises
+    ------
+    UserError
+        If `path` is missing, holds no such file, or is a file of another extension.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() not in EXTENSIONS:
+            raise UserError(f"{path} has an unsupported extension; graincast reads {', '.join(EXTENSIONS)}")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a folder of micrographs or one micrograph")
+
+    def wanted(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        return file.suffix.lower() in EXTENSIONS and not hidden and file.is_file()
+
+    files = sorted((f for f in path.rglob("*") if wanted(f)), key=lambda f: f.relative_to(path).parts)
+    if not files:
+        raise UserError(f"{path} holds no micrographs; graincast reads {', '.join(EXTENSIONS)}")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _grey(pixels: np.ndarray, full_scale: int, path: Path) -> np.ndarray:
+    """Any sample type, (H, W) or (H, W, channels), to float32 (H, W) in [0, 1]."""
+    if np.iscomplexobj(pixels):
+        raise UserError(f"{path} holds complex values; give a real image, for instance the modulus")
+    if pixels.ndim not in (2, 3) or pixels.size == 0:
+        raise UserError(f"{path} holds an array of shape {pixels.shape}; a micrograph has rows and columns")
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{path} holds NaN or infinite values; replace or crop them")
+    scaled = pixels.astype(np.float64)
+    if pixels.dtype.kind == "u" and pixels.itemsize <= 2:
+        scaled /= full_scale
+    else:
+        low, high = scaled.min(), scaled.max()
+        if low < 0 or high > 1:
+            scaled = (scaled - low) / ((high - low) or 1)
+    if scaled.ndim == 3:
+        scaled = _one_channel(scaled, path)
+    return scaled.astype(np.float32)
+
+
+def _one_channel(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Luminance of grey, grey + alpha, RGB or RGBA; transparency is ignored, the pixels below it are the image."""
+    channels = pixels.shape[2]
+    if channels > 4:
+        raise UserError(f"{path} has {channels} channels; graincast reads grey, RGB and RGBA")
+    if channels <= 2:
+        return pixels[..., 0]
+    rgb = pixels[..., :3]
+    is_grey = (rgb == rgb[..., :1]).all()
+    return rgb[..., 0] if is_grey else rgb2gray(rgb)
+
+
+# --------------------------------------------------------------------------------------------------------- TIFF
+
+
+def _read_tiff(path: Path) -> Micrograph:
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages[0]
+        for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+            if start + length > tif.filehandle.size:
+                raise UserError(f"{path} is truncated: {tif.filehandle.size} bytes, but the image needs "
+                                f"{start + length}; copy it again")
+        pixels, full_scale = _decode_page(page)
+        bits = int(np.ravel(page.bitspersample)[0])
+        nothing: Found = (None, {}, None)
+        pixel_size, instrument, scan_rows = _fei(tif) or _zeiss(tif) or nothing
+        if pixel_size is None:
+            pixel_size = _ome_pixel_size(tif) or _imagej_pixel_size(tif) or _makers_tag_pixel_size(tif, path) \
+                or _resolution_tag_pixel_size(tif)
+        if len(tif.pages) > 1:
+            instrument = {**instrument, "pages": len(tif.pages)}
+        return Micrograph(_grey(pixels, full_scale, path), bits, pixel_size, instrument, scan_rows)
+
+
+def _decode_page(page: tifffile.TiffPage) -> tuple[np.ndarray, int]:
+    """Pixels as (H, W) or (H, W, channels), 0 = black, and the full scale of unsigned integers."""
+    pixels = page.asarray()
+    full_scale = 2 ** int(np.ravel(page.bitspersample)[0]) - 1
+    if page.axes.startswith("S"):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+        return np.moveaxis(page.colormap[:, pixels], 0, -1), 65535
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu":
+        pixels = ~pixels if pixels.dtype.kind == "b" else full_scale - pixels
+    return pixels, full_scale
+
+
+Found = tuple[float | None, dict[str, str | float], int | None]
+
+
+def _fei(tif: tifffile.TiffFile) -> Found | None:
+    """FEI and Thermo Fisher, tags 34680 and 34682: INI sections, SI units."""
+    tags = tif.fei_metadata
+    if not tags:
+        return None
+
+    def value(section: str, key: str, factor: float = 1.0) -> float | None:
+        return _positive(tags.get(section, {}).get(key), factor)
+
+    scanned = value("Image", "ResolutionY")
+    return value("Scan", "PixelWidth", 1e6) or value("EScan", "PixelWidth", 1e6), _allowed({
+        "model": tags.get("System", {}).get("SystemType") or tags.get("System", {}).get("Type"),
+        "detector": tags.get("Detectors", {}).get("Name"),
+        "accelerating_voltage_kv": value("Beam", "HV", 1e-3),
+        "working_distance_mm": value("EBeam", "WD", 1e3) or value("Stage", "WorkingDistance", 1e3),
+        "dwell_time_us": value("Scan", "Dwelltime", 1e6) or value("Scan", "Dwell", 1e6),
+        "beam_current_na": value("EBeam", "BeamCurrent", 1e9),
+        "spot": value("Beam", "Spot"),
+        "field_width_um": value("Scan", "HorFieldsize", 1e6),
+    }), int(scanned) if scanned else None
+
+
+def _zeiss(tif: tifffile.TiffFile) -> Found | None:
+    """Zeiss SmartSEM, tag 34118: entries (label, value, unit)."""
+    tags = tif.sem_metadata
+    if not tags:
+        return None
+
+    def length(key: str) -> float | None:
+        """In um."""
+        entry = tags.get(key, ())
+        return _positive(entry[1], MICROMETRES[entry[2]]) if len(entry) == 3 and entry[2] in MICROMETRES else None
+
+    def text(key: str) -> Any:
+        return tags.get(key, (None, None))[1]
+
+    dwell = tags.get("dp_dwell_time", ())
+    seconds = {"ns": 1e-3, "µs": 1.0, "us": 1.0, "ms": 1e3}
+    current = tags.get("ap_iprobe", ())
+    amperes = {"pA": 1e-3, "nA": 1.0, "µA": 1e3}
+    volts = tags.get("ap_actualkv", ())
+    working_distance = length("ap_wd")
+    # old versions only have the pixel size of a 1024 px wide screen, fourth in the unnamed block, m
+    screen = tags.get("", ())
+    pixel_size = length("ap_image_pixel_size") or (
+        _positive(screen[3], 1e6 * 1024 / tif.pages[0].imagewidth) if len(screen) > 3 else None)
+    return pixel_size, _allowed({
+        "model": text("dp_sem"),
+        "detector": text("dp_detector_type") or text("dp_detector_channel"),
+        "accelerating_voltage_kv": _positive(volts[1], {"kV": 1.0, "V": 1e-3}[volts[2]]) if len(volts) == 3 else None,
+        "magnification": _magnification(text("ap_mag")),
+        "working_distance_mm": working_distance / 1e3 if working_distance else None,
+        "dwell_time_us": _positive(dwell[1], seconds.get(dwell[2], math.nan)) if len(dwell) == 3 else None,
+        "beam_current_na": _positive(current[1], amperes.get(current[2], math.nan)) if len(current) == 3 else None,
+        "field_width_um": length("ap_width"),
+    }), None
+
+
+def _magnification(text: Any) -> float | None:
+    """Zeiss writes '50.00 K X'."""
+    match = re.match(r"\s*([\d.]+)\s*(K?)\s*X", str(text), re.IGNORECASE)
+    return float(match[1]) * (1000 if match[2] else 1) if match else None
+
+
+def _ome_pixel_size(tif: tifffile.TiffFile) -> float | None:
+    if not tif.ome_metadata:
+        return None
+    pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
+    if pixels is None:
+        return None
+    unit = pixels.get("PhysicalSizeXUnit", "µm")  # the schema's default
+    return _positive(pixels.get("PhysicalSizeX"), MICROMETRES.get(unit, math.nan))
+
+
+def _imagej_pixel_size(tif: tifffile.TiffFile) -> float | None:
+    metadata = tif.imagej_metadata or {}
+    unit, tag = metadata.get("unit"), tif.pages[0].tags.get("XResolution")
+    if unit in (None, "inch", "pixel") or tag is None or not tag.value[0]:  # ImageJ's inches are the printer's
+        return None
+    return _positive(tag.value[1] / tag.value[0], MICROMETRES.get(unit, math.nan))
+
+
+def _makers_tag_pixel_size(tif: tifffile.TiffFile, path: Path) -> float | None:
+    """Makers whose tags RosettaSciIO knows: TVIPS, Olympus SIS, JEOL SightX, Gatan DigitalMicrograph."""
+    page = tif.pages[0]
+    make = page.tags.get("Make")
+    gatan = any(65003 <= tag.code <= 65025 for tag in page.tags)
+    if not (tif.is_tvips or page.is_sis or gatan or (make is not None and make.value == "JEOL Ltd.")):
+        return None
+    signal = importlib.import_module("rsciio.tiff").file_reader(str(path))[0]
+    return _axis_pixel_size(signal["axes"])
+
+
+def _resolution_tag_pixel_size(tif: tifffile.TiffFile) -> float | None:
+    """From the plain resolution tags, where they can only be a microscope's."""
+    tags = tif.pages[0].tags
+    values = [tags[name].value for name in ("XResolution", "YResolution") if name in tags]
+    unit = {2: "inch", 3: "cm"}.get(int(tags["ResolutionUnit"].value)) if "ResolutionUnit" in tags else None
+    if unit is None or len(values) < 2 or not all(numerator for numerator, _ in values):
+        return None
+    width, height = (MICROMETRES[unit] * denominator / numerator for numerator, denominator in values)
+    trusted = width <= COARSEST_RESOLUTION_TAG_UM and abs(width - height) <= 0.01 * width
+    return _positive(width) if trusted else None
+
+
+# ------------------------------------------------------------------------------------------------- other formats
+
+
+def _read_png(path: Path) -> Micrograph:
+    pixels = imagecodecs.png_decode(path.read_bytes())  # keeps 16 bit RGB, which Pillow does not
+    bits = 8 * pixels.itemsize
+    return Micrograph(_grey(pixels, 2**bits - 1, path), bits)
+
+
+def _read_picture(path: Path) -> Micrograph:
+    """JPEG and BMP. Like PNG's, their resolution fields are the screen's or the printer's and not read."""
+    with Image.open(path) as picture:
+        return Micrograph(_grey(np.asarray(picture.convert("RGB")), 255, path), 8)
+
+
+_MAKERS_FORMATS = {".dm3": "digitalmicrograph", ".dm4": "digitalmicrograph", ".emd": "emd", ".bcf": "bruker",
+                   ".ser": "tia", ".emi": "tia", ".mrc": "mrc", ".elid": "phenom", ".asw": "jeol",
+                   ".sur": "digitalsurf", ".hspy": "hspy", ".zspy": "zspy", ".rpl": "ripple"}
+
+
+def _read_makers_format(path: Path) -> Micrograph:
+    """Through RosettaSciIO: the first signal of the file that is one 2-D image."""
+    module = importlib.import_module(f"rsciio.{_MAKERS_FORMATS[path.suffix.lower()]}")
+    images = [signal for signal in module.file_reader(str(path)) if np.squeeze(signal["data"]).ndim == 2]
+    if not images:
+        raise UserError(f"{path} holds no 2-D image; export the micrograph on its own")
+    pixels = np.squeeze(images[0]["data"])
+    bits = 8 * pixels.itemsize
+    settings = images[0].get("metadata", {}).get("Acquisition_instrument", {})
+    settings = settings.get("SEM") or settings.get("TEM") or {}
+    detector = settings.get("Detector")
+    return Micrograph(_grey(pixels, 2**bits - 1, path), bits, _axis_pixel_size(images[0]["axes"]), _allowed({
+        "model": settings.get("microscope"),
+        "detector": detector if isinstance(detector, str) else None,
+        "accelerating_voltage_kv": _positive(settings.get("beam_energy")),
+        "magnification": _positive(settings.get("magnification")),
+        "working_distance_mm": _positive(settings.get("working_distance")),
+        "beam_current_na": _positive(settings.get("beam_current")),
+    }))
+
+
+def _axis_pixel_size(axes: list[Mapping[str, Any]]) -> float | None:
+    """Pixel size from RosettaSciIO's axes; the last is the image's width."""
+    axis = axes[-1]
+    return _positive(axis.get("scale"), MICROMETRES.get(str(axis.get("units")), math.nan))
+
+
+def _positive(value: Any, factor: float = 1.0) -> float | None:
+    """`value` times `factor` when that is a number above zero, else None."""
+    try:
+        number = float(value) * factor
+    except (TypeError, ValueError):
+        return None
+    return float(f"{number:.7g}") if math.isfinite(number) and number > 0 else None
+
+
+def _allowed(fields: Mapping[str, Any]) -> dict[str, str | float]:
+    return {name: fields[name] for name in PHYSICAL_FIELDS if fields.get(name) not in (None, "")}
+
+
+_READERS: dict[str, Callable[[Path], Micrograph]] = {
+    ".tif": _read_tiff, ".tiff": _read_tiff,
+    ".png": _read_png, ".jpg": _read_picture, ".jpeg": _read_picture, ".bmp": _read_picture,
+}
+
+EXTENSIONS = (*_READERS, *_MAKERS_FORMATS)
+"""File extensions that are read, in lower case."""
