@@ -27,6 +27,7 @@ from graincast.microscope.scale import estimate_grain_diameter
 from graincast.store.imageset import ImageSet, ImageSetWriter
 
 SAME_PIXEL_SIZE = 0.01  # relative spread below which pixel sizes count as one
+LEAST_SIGNAL_TO_NOISE = 2.0  # of an image whose grains cannot be sized; pure noise has 1
 
 
 def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Path | str) -> ImageSet:
@@ -61,7 +62,9 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     -----
     All files are brought to one pixel size, or as near to that as what is known allows. Files with a pixel size get
     the target ``median(grain diameter in um) / grain_diameter_px``: relative grain sizes between specimens stay
-    true. Files without one share the factor ``grain_diameter_px / median(grain diameter in px)``.
+    true. Files without one share the factor ``grain_diameter_px / median(grain diameter in px)``. The medians run over
+    the files that passed the checks and whose grains could be sized; a file whose grains could not (few, or isolated
+    particles) takes the scale of the others, unless it is little more than noise.
     """
     folder = Path(folder)
     paths = find_micrographs(folder)
@@ -121,8 +124,9 @@ def _survey(path: Path, config: Ingest) -> _Survey:
     try:
         diameter = estimate_grain_diameter(field)
     except ValueError as error:
-        # a fixed scale needs no estimate
-        return _Survey(facts, pixel_size, refused=None if config.scale else f"structureless: {error}")
+        if config.scale is None and quality["signal_to_noise"] < LEAST_SIGNAL_TO_NOISE:
+            return _Survey(facts, refused=f"structureless: {error}")
+        diameter = math.nan  # the other files can still tell the scale
     facts["grain_diameter_px"] = diameter
     return _Survey(facts, pixel_size, diameter)
 
@@ -130,28 +134,37 @@ def _survey(path: Path, config: Ingest) -> _Survey:
 def _choose(config: Ingest, accepted: list[_Survey], grain_diameter_px: float) -> Preparation:
     """Settle pixel size and scale for all files from what they told."""
     known = np.array([[s.pixel_size_um, s.grain_diameter_px] for s in accepted if s.pixel_size_um is not None])
-    unknown = [s.grain_diameter_px for s in accepted if s.pixel_size_um is None]
+    known = known.reshape(-1, 2)
     target = scale = None
     if config.scale is not None:
         scale = config.scale
-        one_size = len(known) and np.ptp(known[:, 0]) <= SAME_PIXEL_SIZE * known[:, 0].min()
-        target = float(np.median(known[:, 0])) / scale if one_size else None
+        if len(known) and np.ptp(known[:, 0]) <= SAME_PIXEL_SIZE * known[0, 0]:
+            target = float(np.median(known[:, 0])) / scale
     else:
-        if len(known):
-            target = float(np.median(known[:, 0] * known[:, 1])) / grain_diameter_px
-        if unknown:
-            scale = grain_diameter_px / float(np.median(unknown))
+        in_um = _median(known.prod(axis=1))
+        in_px = _median(np.array([s.grain_diameter_px for s in accepted if s.pixel_size_um is None]))
+        target = in_um / grain_diameter_px if in_um else None
+        scale = grain_diameter_px / in_px if in_px else None
     return Preparation(target, scale, float(grain_diameter_px), config.clahe_clip,
                        config.clahe_tile_grains * grain_diameter_px, config.cut_info_bar)
 
 
+def _median(diameters: np.ndarray) -> float | None:
+    """Median of the diameters that could be estimated; None if none could."""
+    estimated = diameters[np.isfinite(diameters)]
+    return float(np.median(estimated)) if estimated.size else None
+
+
 def _add(writer: ImageSetWriter, path: Path, survey: _Survey, preparation: Preparation, config: Ingest,
          common: dict[str, Any]) -> str | None:
-    """Prepare a file and add it; returns the reason if it turns out too small for that."""
+    """Prepare a file and add it; returns the reason if no scale suits it."""
     height, width = survey.facts["bar_row"], survey.facts["original_width"]
     pixel_size = survey.pixel_size_um
     micrograph = read_micrograph(path)
-    scale = preparation.scale_for(pixel_size, micrograph.image[:height])
+    try:
+        scale = preparation.scale_for(pixel_size, micrograph.image[:height])
+    except ValueError as error:
+        return f"scale unknown: {error}; the key ingest.scale can fix it"
     if min(height, width) * scale < config.min_size:
         return (f"too small: {width * scale:.0f} x {height * scale:.0f} px once its grains are "
                 f"{preparation.grain_diameter_px:.0f} px wide, at least {config.min_size} px are needed")

@@ -6,8 +6,8 @@ of width sigma the image has N(sigma) basins that are clearly separated, hence a
 
     D(sigma) = sqrt(4 A / (pi N)).
 
-Noise has no length of its own: its D is a multiple of sigma and stays one (about 50). Grains make D stand still at their own
-size while sigma grows. The first sigma at which D has come down to `BASIN_TO_FILTER` times sigma is where the filter
+Noise has no length of its own: its D is a multiple of sigma (about 50) and stays one. Grains make D stand still at
+their own size while sigma grows. The first sigma at which D has come down to `BASIN_TO_FILTER` times sigma is where the filter
 suits the grains, and D there is the estimate: the self-consistent choice of scale, which follows the image when that
 is zoomed.
 """
@@ -56,7 +56,7 @@ def estimate_grain_diameter(image: np.ndarray) -> float:
     ------
     ValueError
         If no grains can be made out: the image is constant or nothing but noise, or grains are smaller than about
-        15 px, larger than about a fourth of the field, or too faint.
+        15 px, fewer than five, too far apart or too faint.
 
     Notes
     -----
@@ -69,8 +69,7 @@ def estimate_grain_diameter(image: np.ndarray) -> float:
     grey = np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
     diameter = _self_consistent(grey)
     if diameter is None:
-        raise ValueError("no grains to be seen; they are smaller than about 15 px, larger than about a fourth of the "
-                         "field, or lost in noise")
+        raise ValueError("no grains to be seen; they are smaller than about 15 px, fewer than five, or lost in noise")
     return diameter / CALIBRATION
 
 
