@@ -72,7 +72,7 @@ class VirtualSession(Section):
     grain_diameter_um: float = Field(1.9, gt=0, description="mean equivalent grain diameter, um")
     area_spread: float = Field(
         0.5, ge=0, le=1,
-        description="coefficient of variation of the grain areas before they relax; wider than the training default",
+        description="coefficient of variation of the grain areas before they relax",
     )
     sem: VirtualSem = VirtualSem()
     seed: int = Field(101, ge=0, description="seed of grains and imaging")
@@ -98,7 +98,7 @@ class Simulate(Section):
     size: int = Field(256, ge=32, description="width and height of a morphology, px")
     grains: int = Field(72, ge=2, description="grains a morphology starts with")
     area_spread: float = Field(
-        0.35, ge=0, le=1,
+        0.5, ge=0, le=1,
         description="coefficient of variation of the initial grain areas; 0 = nearly equal, about 0.53 = Poisson-Voronoi",
     )
     steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")

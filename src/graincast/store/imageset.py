@@ -13,6 +13,7 @@ Images of unequal size share the stack: each page is padded with zeros at the bo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from graincast.errors import UserError
 
 FORMAT = 1
 PARTIAL = ".partial-"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def folder_digest(path: Path) -> str:
@@ -99,6 +101,8 @@ class whole_folder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise UserError(f"{self.path} cannot be written: {error.strerror}; free some space and run again, finished stages are kept") from error
             return
         for file in self._partial.rglob("*"):
             if file.is_file():

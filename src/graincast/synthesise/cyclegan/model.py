@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 
+NOISE_RANGE = 0.5
+"""How far the learned strength of the noise may leave the level measured in the micrographs; natural logarithm."""
+
+
 class Generator(nn.Module):
     """Image to image, (batch, 1, height, width) in [-1, 1] on both sides; sides must be multiples of 4.
 
@@ -28,7 +32,7 @@ class Generator(nn.Module):
     Attributes
     ----------
     noise_level : Tensor
-        Standard deviation of the added noise before training, in units of half the grey scale.
+        Standard deviation of the added noise, as measured in the micrographs, in units of half the grey scale.
     """
 
     noise_level: torch.Tensor
@@ -61,7 +65,7 @@ class Generator(nn.Module):
             return image + self._head(image), torch.zeros_like(image)
         noise = torch.randn_like(image) if noise is None else noise
         change, strength = self._head(torch.cat([image, noise], dim=1)).chunk(2, dim=1)
-        return image + change, self.noise_level * torch.exp(strength.clamp(-2, 1)) * self.colour(noise).float()
+        return image + change, self.noise_level * torch.exp(NOISE_RANGE * torch.tanh(strength)) * self.colour(noise).float()
 
     def _head(self, image: torch.Tensor) -> torch.Tensor:
         coarse = self.up(self.blocks(self.down(self.stem(image))))

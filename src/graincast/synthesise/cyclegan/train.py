@@ -167,7 +167,7 @@ class _Training:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._decay) for o in self.optimisers]
 
     def set_noise(self, level: float) -> None:
-        """Let F start from the micrographs' own noise, as a fraction of full scale."""
+        """Give F the micrographs' own noise, as a fraction of full scale."""
         for net in (self.f, self.mean_f):
             net.noise_level.fill_(2 * level)
 
