@@ -63,7 +63,8 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     files = [file for source in sources for file in find_micrographs(source)]
     twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
     if twice:
-        raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, so segment their folders one by one")
+        raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, "
+                        "so segment their folders one by one")
     outcomes = []
     try:
         out.mkdir(parents=True, exist_ok=True)

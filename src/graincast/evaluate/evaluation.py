@@ -98,10 +98,10 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, micrographs: ImageSet, c
                 score_rows.append({"set": name, "method": method, "image": field.name, **score_grains(labels, field.truth)})
             if number < config.overlays:
                 overlays[f"{name}: {field.name}"] = overlay(field.image, field.found[OURS], field.truth)
-    grain_tables.append(_sizes("simulated truth", [(str(row["id"]), synthetic.labels(i), None) for i, row in synthetic.rows.iterrows()]))  # type: ignore[call-overload]
+    grain_tables.append(_sizes("simulated truth", [(str(id_), synthetic.labels(i), None) for i, id_ in enumerate(synthetic.rows["id"])]))
     found = []
-    for i, row in tqdm(micrographs.rows.iterrows(), total=len(micrographs), desc="measure micrographs", unit="image", disable=None):
-        image = micrographs.image(int(i))
+    for i, row in enumerate(tqdm(micrographs.rows.to_dict("records"), desc="measure micrographs", unit="image", disable=None)):
+        image = micrographs.image(i)
         labels = segmenter.segment(image)
         found.append((str(row["id"]), labels, None if pd.isna(row["pixel_size_um"]) else float(row["pixel_size_um"])))
         if len(found) <= config.overlays:
@@ -138,7 +138,8 @@ def _masked_fields(segmenter: Segmenter, masked: Sequence[tuple[Path, Path]], co
         micrograph, truth = read_micrograph(path), read_mask(mask_path)
         image = np.rint(micrograph.image * 255).astype(np.uint8)
         if truth.shape != image.shape:
-            raise UserError(f"{mask_path} has {truth.shape[1]} x {truth.shape[0]} px, but {path.name} has {image.shape[1]} x {image.shape[0]}; they must be equal")
+            raise UserError(f"{mask_path} has {truth.shape[1]} x {truth.shape[0]} px, but {path.name} has "
+                            f"{image.shape[1]} x {image.shape[0]}; they must be equal")
         found = {OURS: segmenter.segment_micrograph(micrograph), BASELINE: _baseline(image, config, bright)}
         yield _Field(path.stem, image, truth, found)
 

@@ -139,7 +139,8 @@ def predict_maps(network: torch.nn.Module, image: np.ndarray, precision: str) ->
     rows, columns = -(-height // core_y), -(-width // core_x)
     # one tile's sides, rounded up to what the network takes
     side_y, side_x = (-(-(core + 2 * halo) // STRIDE) * STRIDE for core in (core_y, core_x))
-    below, right = (n * core - extent + side - core - halo for n, core, extent, side in ((rows, core_y, height, side_y), (columns, core_x, width, side_x)))
+    below, right = (n * core - extent + side - core - halo
+                    for n, core, extent, side in ((rows, core_y, height, side_y), (columns, core_x, width, side_x)))
     padded = np.pad(standard, ((halo, below), (halo, right)), mode="symmetric")
     maps = np.empty((2, rows * core_y, columns * core_x), np.float32)
     kept = (slice(halo, halo + core_y), slice(halo, halo + core_x))

@@ -54,7 +54,7 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
     device = pick_device(config.device)
     with seeded(config.seed):
         network = build_network(config.architecture, config.encoder, config.encoder_weights)
-        network = network.to(device, memory_format=memory_format(device))
+        network = network.to(device).to(memory_format=memory_format(device))
         optimiser = torch.optim.Adam(network.parameters(), config.learning_rate)
         steps = max(1, math.ceil(len(training) * config.crops_per_image / config.batch))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15)
@@ -77,7 +77,7 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             if not math.isfinite(val_loss):
                 raise UserError(f"the segmenter's loss is no longer finite in epoch {epoch}; a smaller segmenter.learning_rate would be right")
             if log:
-                log(epoch, {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": schedule.get_last_lr()[0]})
+                log(epoch, {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": float(schedule.get_last_lr()[0])})
             progress.set_postfix(train=f"{np.mean(losses):.3f}", validation=f"{val_loss:.3f}")
             stale = 0 if val_loss < best_loss else stale + 1
             if val_loss < best_loss:
@@ -106,7 +106,7 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor
 def _batches(training: Sequence[Pair], config: SegmenterConfig, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = rng.permutation(np.repeat(np.arange(len(training)), config.crops_per_image))
     for start in range(0, len(order), config.batch):
-        crops = [augmented_crop(*training[i], config.crop, config.augment, rng) for i in order[start : start + config.batch]]
+        crops = [augmented_crop(*training[int(i)], config.crop, config.augment, rng) for i in order[start : start + config.batch]]
         yield (torch.from_numpy(np.stack([standardise(image) for image, _ in crops])[:, None]),
                torch.from_numpy(np.stack([targets(labels) for _, labels in crops])))
 
@@ -136,4 +136,5 @@ def _check(training: Sequence[Pair], validation: Sequence[Pair], crop: int) -> N
             raise UserError(f"the segmenter's {name} set is empty; at least one labelled image is needed")
     smallest = min(min(image.shape) for image, _ in training)
     if smallest < crop:
-        raise UserError(f"a synthetic image of {smallest} px is smaller than segmenter.crop of {crop} px; a smaller crop or a larger simulate.size would be right")
+        raise UserError(f"a synthetic image of {smallest} px is smaller than segmenter.crop of {crop} px; "
+                        "a smaller crop or a larger simulate.size would be right")

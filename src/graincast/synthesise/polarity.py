@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage as ndi
-from skimage import morphology
+from skimage.morphology import black_tophat, disk, white_tophat
 
 LINE_PX = 4
 """Half the largest width of a boundary line, px, at the simulation's scale; grains are several times wider."""
@@ -25,10 +25,10 @@ def boundaries_are_bright(images: Sequence[np.ndarray]) -> bool:
     bool
         True where the white top-hats (Meyer 1979; what an opening removes) outweigh the black ones.
     """
-    disc = morphology.disk(LINE_PX)
+    disc = disk(LINE_PX)
     balance = 0.0
     for image in images:
         smooth = ndi.gaussian_filter(image.astype(np.float32), 1.0)
-        white, black = morphology.white_tophat(smooth, disc), morphology.black_tophat(smooth, disc)
+        white, black = white_tophat(smooth, disc), black_tophat(smooth, disc)
         balance += float(white.mean() - black.mean()) * image.size
     return balance > 0
