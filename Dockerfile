@@ -17,7 +17,7 @@
 FROM python:3.11-slim-bookworm
 
 RUN apt-get update && \
-    apt-get install --yes --no-install-recommends gcc git libc6-dev make && \
+    apt-get install --yes --no-install-recommends git libgomp1 make && \
     rm -rf /var/lib/apt/lists/*
 
 ARG UID=1000

@@ -10,7 +10,6 @@ from zenml.enums import ExecutionMode
 
 from graincast.config import parse_config
 from graincast.store.imageset import content_digest
-from pipelines import console
 from steps.evaluate import evaluate, evaluate_virtual
 from steps.ingest import ingest, ingest_virtual
 from steps.report import report
@@ -19,8 +18,6 @@ from steps.synthesise import synthesise
 from steps.train_segmenter import train_segmenter
 from steps.train_translator import train_translator
 from steps.virtual_session import virtual_session
-
-console.install()
 
 
 @pipeline(execution_mode=ExecutionMode.FAIL_FAST)

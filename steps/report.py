@@ -14,22 +14,27 @@ from graincast.report.findings import summarise
 from graincast.report.html import build_report
 from graincast.report.inputs import ReportInputs
 from graincast.report.terminal import summary_table
-from graincast.stages import load_evaluation, load_history
 from graincast.store import tracking
 from graincast.store.imageset import ImageSet, whole_folder
 from graincast.store.versioning import Artifact
 from steps.artifacts import ROOT
 from steps.stage import output_folder, run_tags, stage
 
-COMMANDS = {"MLflow dashboard": "source env.sh && mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI", "ZenML dashboard": "source env.sh && zenml login --local"}
+COMMANDS = {
+    "MLflow dashboard": "source env.sh && mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI",
+    "ZenML dashboard": "source env.sh && zenml login --local",
+}
 
 
 @stage(enable_cache=False)
 def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet, training: ImageSet, validation: ImageSet, translator: Artifact,
            segmenter: Artifact, model_version: int, evaluation: Artifact) -> Annotated[Artifact, "report"]:
     """Report a run: HTML page, MLflow parent run, terminal table."""
-    tags = run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest, synthetic_training=training.digest, synthetic_validation=validation.digest,
-                  translator=translator.digest, segmenter=segmenter.digest, evaluation=evaluation.digest)
+    from graincast.stages import load_evaluation, load_history
+
+    tags = run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest, synthetic_training=training.digest,
+                    synthetic_validation=validation.digest, translator=translator.digest, segmenter=segmenter.digest,
+                    evaluation=evaluation.digest)
     found, likeness = load_evaluation(evaluation.path)
     mlflow_run = tracking.active_run_id()
     inputs = ReportInputs(

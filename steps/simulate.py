@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from graincast.config import Simulate
-from graincast.stages import run_simulate
 from graincast.store.imageset import ImageSet
 from steps.stage import output_folder, stage
 
@@ -19,5 +18,7 @@ def simulate(
     Annotated[ImageSet, "validation_morphologies"],
 ]:
     """Grain pictures with instance ids, from the phase-field simulator; the three sets share no structure."""
+    from graincast.stages import run_simulate
+
     sets = run_simulate(config, output_folder("morphologies"))
     return sets["translator"], sets["synthetic"], sets["validation"]

@@ -4,7 +4,11 @@ A stage's step reads like this::
 
     @stage("simulate", "store/imageset.py")
     def simulate(config: Simulate) -> Annotated[ImageSet, "morphologies"]:
+        from graincast.stages import run_simulate
+
         return run_simulate(config, output_folder("morphologies"))
+
+The library is imported inside the step: torch and its like take seconds that a cached step need not spend.
 """
 
 from __future__ import annotations

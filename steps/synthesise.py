@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from graincast.config import Synthesise
-from graincast.stages import run_synthesise
 from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
@@ -16,6 +15,8 @@ def synthesise(
     config: Synthesise, synthetic: ImageSet, validation: ImageSet, translator: Artifact
 ) -> tuple[Annotated[ImageSet, "synthetic_training"], Annotated[ImageSet, "synthetic_validation"]]:
     """Unseen morphologies through the translator, with their exact labels; unfaithful images are dropped."""
+    from graincast.stages import run_synthesise
+
     morphologies = {"synthetic": synthetic, "validation": validation}
     sets = run_synthesise(config, morphologies, translator.path, output_folder("synthetic"))
     return sets["training"], sets["validation"]

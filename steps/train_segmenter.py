@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from graincast.config import Segmenter
-from graincast.stages import run_train_segmenter
 from graincast.store import tracking
 from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
@@ -17,6 +16,8 @@ def train_segmenter(
     config: Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet
 ) -> tuple[Annotated[Artifact, "segmenter"], Annotated[int, "model_version"]]:
     """A U-Net trained on the synthetic set; the next version of the registered model."""
+    from graincast.stages import run_train_segmenter
+
     tags = run_tags(synthetic_training=training.digest, synthetic_validation=validation.digest, micrographs=micrographs.digest)
     tracking.log(params=config.model_dump(), tags=tags)
     with tracking.MetricLog() as log:

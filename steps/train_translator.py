@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from graincast.config import Translator
-from graincast.stages import run_train_translator
 from graincast.store import tracking
 from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
@@ -15,6 +14,8 @@ from steps.stage import output_folder, run_tags, stage
 @stage("synthesise/cyclegan", "synthesise/polarity.py", "compute.py", child_run=True)
 def train_translator(config: Translator, morphologies: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "translator"]:
     """A CycleGAN between morphologies and micrographs."""
+    from graincast.stages import run_train_translator
+
     tracking.log(params=config.model_dump(), tags=run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest))
     with tracking.MetricLog() as log:
         folder = run_train_translator(config, morphologies, micrographs, output_folder("translator"), log)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from graincast.config import VirtualSession
-from graincast.stages import run_virtual_sem
 from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
@@ -13,4 +12,6 @@ from steps.stage import output_folder, stage
 @stage("microscope/virtual_sem.py", "simulate")
 def virtual_session(config: VirtualSession) -> Annotated[Artifact, "virtual_session"]:
     """Micrographs with exact truth, made by the virtual SEM."""
+    from graincast.stages import run_virtual_sem
+
     return Artifact(run_virtual_sem(config, output_folder("session")), "virtual session")

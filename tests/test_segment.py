@@ -89,7 +89,7 @@ class TestAugmentation:
         image, labels = pairs[0]
         crop, ids = augmented_crop(image, labels, 128, QUIET, np.random.default_rng(0))
         turned = [(np.rot90(image, k)[:, ::flip], np.rot90(labels, k)[:, ::flip]) for k in range(4) for flip in (1, -1)]
-        assert any(np.array_equal(crop, i) and np.array_equal(ids, l) for i, l in turned)
+        assert any(np.array_equal(crop, other) and np.array_equal(ids, others) for other, others in turned)
 
     def test_labels_stay_on_the_image(self, pairs):
         labels = pairs[0][1]
@@ -138,7 +138,8 @@ class TestPrediction:
 
     def test_gain_and_offset_do_not_matter(self, trained, pairs):
         image = pairs[3][0] // 2
-        np.testing.assert_allclose(predict_maps(trained.network, image, "float32"), predict_maps(trained.network, image * 2 + 3, "float32"), atol=1e-3)
+        brighter = predict_maps(trained.network, image * 2 + 3, "float32")
+        np.testing.assert_allclose(predict_maps(trained.network, image, "float32"), brighter, atol=1e-3)
 
 
 class TestTraining:

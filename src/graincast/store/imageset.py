@@ -55,7 +55,7 @@ def folder_digest(path: Path) -> str:
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, "md5").hexdigest()
         listing.append({"md5": md5, "relpath": file.relative_to(path).as_posix()})
-    listing.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    listing.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
@@ -102,7 +102,8 @@ class whole_folder:
         if kind is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise UserError(f"{self.path} cannot be written: {error.strerror}; free some space and run again, finished stages are kept") from error
+                reason = f"{self.path} cannot be written: {error.strerror}"
+                raise UserError(f"{reason}; free some space and run again, finished stages are kept") from error
             return
         for file in self._partial.rglob("*"):
             if file.is_file():

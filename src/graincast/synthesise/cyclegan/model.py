@@ -3,15 +3,15 @@
 Generators follow Johnson et al. 2016 / Zhu et al. 2017 (strided convolutions, residual blocks) with three changes:
 nearest-neighbour upsampling + convolution in place of transposed convolution (no checkerboards; Odena et al. 2016,
 doi:10.23915/distill.00003), the input added to the output at full resolution so that a generator starts as the
-identity and boundaries stay where they are, and, for simulation -> SEM, noise that supplies what a smooth morphology cannot determine: as an input channel, and added at
-the end, coloured by a learned filter and with a learned strength at every pixel, as a detector's noise is.
+identity and boundaries stay where they are, and, for simulation -> SEM, noise that supplies what a smooth morphology
+cannot determine. It is added at the end, as a detector adds it: coloured by a learned filter, with a learned strength
+at every pixel. It is no input, or the generator would learn to cancel it for the cycle's sake.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-
 
 NOISE_RANGE = 0.5
 """How far the learned strength of the noise may leave the level measured in the micrographs; natural logarithm."""
@@ -27,7 +27,7 @@ class Generator(nn.Module):
     residual_blocks : int
         Residual blocks at a quarter of the resolution.
     noise : bool
-        Take a second input channel of Gaussian noise, and add noise to the output.
+        Add noise to the output.
 
     Attributes
     ----------
@@ -40,14 +40,13 @@ class Generator(nn.Module):
     def __init__(self, filters: int, residual_blocks: int, noise: bool) -> None:
         super().__init__()
         self.register_buffer("noise_level", torch.tensor(0.0))
-        inputs = 2 if noise else 1
-        self.stem = _conv(inputs, filters, 5)
+        self.stem = _conv(1, filters, 5)
         self.down = nn.Sequential(_conv(filters, 2 * filters, 3, stride=2), _conv(2 * filters, 4 * filters, 3, stride=2))
         self.blocks = nn.Sequential(*(_Residual(4 * filters) for _ in range(residual_blocks)))
         self.up = nn.Sequential(nn.Upsample(scale_factor=2), _conv(4 * filters, 2 * filters, 3),
                                 nn.Upsample(scale_factor=2), _conv(2 * filters, filters, 3))
-        self.head = nn.Sequential(nn.Conv2d(filters + inputs, filters, 3, padding=1), nn.ReLU(inplace=True),
-                                  nn.Conv2d(filters, inputs, 3, padding=1))
+        self.head = nn.Sequential(nn.Conv2d(filters + 1, filters, 3, padding=1), nn.ReLU(inplace=True),
+                                  nn.Conv2d(filters, 2 if noise else 1, 3, padding=1))
         self.colour = nn.Conv2d(1, 1, 5, padding=2, bias=False) if noise else None
 
     def initialise(self) -> None:
@@ -57,14 +56,15 @@ class Generator(nn.Module):
             nn.init.dirac_(self.colour.weight)
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.tanh(sum(self.parts(image, noise)))
+        content, added = self.parts(image, noise)
+        return torch.tanh(content + added)
 
     def parts(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the output is the hyperbolic tangent of the sum of: the content and the added noise."""
         if self.colour is None:
             return image + self._head(image), torch.zeros_like(image)
         noise = torch.randn_like(image) if noise is None else noise
-        change, strength = self._head(torch.cat([image, noise], dim=1)).chunk(2, dim=1)
+        change, strength = self._head(image).chunk(2, dim=1)
         return image + change, self.noise_level * torch.exp(NOISE_RANGE * torch.tanh(strength)) * self.colour(noise).float()
 
     def _head(self, image: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,7 @@ class _Training:
 
     def _place(self, net: Net) -> Net:
         net.initialise()
-        return net.to(self.device, memory_format=memory_format(self.device))
+        return net.to(self.device).to(memory_format=memory_format(self.device))
 
     def _decay(self, step: int) -> float:
         start = self.config.decay_from * self.config.steps
@@ -270,7 +270,8 @@ def _crops(images: Sequence[np.ndarray], config: TranslatorConfig, rng: np.rando
     # images are drawn in proportion to their area, so that every pixel is as likely as any other
     areas = np.array([image.size for image in images], float)
     chosen = rng.choice(len(images), config.batch, p=areas / areas.sum())
-    return _to_tensor([np.ascontiguousarray(dihedral(images[i][random_crop(images[i], config.crop, rng)], int(rng.integers(symmetries)))) for i in chosen])
+    crops = [images[i][random_crop(images[i], config.crop, rng)] for i in chosen]
+    return _to_tensor([dihedral(crop, int(rng.integers(symmetries))) for crop in crops])
 
 
 def _large_enough(images: Sequence[np.ndarray], crop: int, what: str, key: str) -> list[np.ndarray]:
