@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def main(name: str, command: str) -> None:
     """Write the record of the newest completed run."""
     run = Client().list_pipeline_runs(sort_by="desc:created", size=1, status="completed").items[0]
-    summary = json.loads(next((ROOT / "runs" / run.name).glob("report/report/summary.json")).read_text())
+    summary = json.loads(next((ROOT / "runs" / run.name).glob("report/summary.json")).read_text())
     seconds = {step.name: round((step.end_time - step.start_time).total_seconds(), 1)
                for step in run.steps.values() if step.end_time and step.start_time and step.status.value == "completed"}
     hashes = {output: artifacts[0].run_metadata["dvc_md5"] for step in run.steps.values() for output, artifacts in step.outputs.items()

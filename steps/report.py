@@ -43,10 +43,10 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
         config=config, micrographs=micrographs, morphologies=morphologies, synthetic=training, translator_history=load_history(translator.path),
         segmenter_history=load_history(segmenter.path), scores=found.scores, realism=likeness, grains=found.grains, overlays=found.overlays,
         virtual=config["session"]["folder"] is None)
-    with whole_folder(output_folder("report")) as folder:
+    with whole_folder(output_folder()) as folder:
         (folder / "report.html").write_text(build_report(inputs))
         (folder / "summary.json").write_text(json.dumps(summarise(inputs), indent=1))
-    page = output_folder("report") / "report.html"
+    page = output_folder() / "report.html"
     tracking.log(params=config, tags=tags, metrics=_metrics(inputs), figures=figures(inputs), files=[page])
     places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": f"models:/{tracking.MODEL}/{model_version}"}
     Console(soft_wrap=False).print(summary_table(inputs, places, COMMANDS))

@@ -104,6 +104,7 @@ class Simulate(Section):
     steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
     time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
     grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
+    boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses in the picture; drawn for each anew")
     boundary_level: float = Field(0.75, gt=0, lt=1, description="pixels where phi = sum eta^2 lies below this are boundary")
     seed: int = Field(0, ge=0, description="seed; structure k of the library depends on (seed, k) alone")
 
