@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from graincast.errors import UserError
 
@@ -94,7 +94,9 @@ class Simulate(Section):
 
     translator_structures: int = Field(16, ge=1, description="morphologies the translator learns from")
     synthetic_structures: int = Field(24, ge=1, description="unseen morphologies for the synthetic training set")
-    validation_structures: int = Field(6, ge=1, description="unseen morphologies for the held-out synthetic set")
+    validation_structures: int = Field(
+        8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one helps to choose the weights, the rest are only scored"
+    )
     size: int = Field(256, ge=32, description="width and height of a morphology, px")
     grains: int = Field(72, ge=2, description="grains a morphology starts with")
     area_spread: float = Field(
@@ -147,7 +149,7 @@ class Synthesise(Section):
 
     copies: int = Field(1, ge=1, description="translations drawn from each morphology, with different noise")
     min_fidelity: float = Field(0.5, ge=-1, le=1, description="label fidelity below which a translated image is dropped")
-    seed: int = Field(0, ge=0, description="seed of the translator's noise input")
+    seed: int = Field(0, ge=0, description="seed of the noise that the translator adds")
 
 
 class Augment(Section):
@@ -198,6 +200,15 @@ class Config(Section):
     segmenter: Segmenter = Segmenter()
     evaluate: Evaluate = Evaluate()
 
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        for name, crop in (("translator", self.translator.crop), ("segmenter", self.segmenter.crop)):
+            if crop > self.simulate.size:
+                raise ValueError(f"{name}.crop {crop} is larger than simulate.size {self.simulate.size}; a smaller crop would be right")
+        if self.session.masks and self.session.folder is None:
+            raise ValueError("session.masks is set without session.folder; the folder of the micrographs would be right beside it")
+        return self
+
 
 def parse_config(values: dict[str, Any] | None, source: str = "config") -> Config:
     """Check a configuration mapping.
@@ -246,6 +257,8 @@ def load_config(path: Path | str) -> Config:
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "config"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
         return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
     section: Any = Config

@@ -17,6 +17,7 @@ import pandas as pd
 
 from graincast import config as settings
 from graincast.compute import Log
+from graincast.errors import UserError
 from graincast.evaluate.evaluation import Evaluation, evaluate, match_masks
 from graincast.evaluate.realism import realism
 from graincast.microscope.ingest import ingest
@@ -75,7 +76,8 @@ def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validati
                         log: Log | None = None) -> Path:
     """A segmenter in `out`: ``segmenter.safetensors`` (with the micrographs' preparation inside) and ``history.csv``."""
     history = _History(log)
-    segmenter = train_segmenter(_pairs(training), _pairs(validation), config, log=history)
+    choosing, _ = halves(validation)
+    segmenter = train_segmenter(_pairs(training, range(len(training))), _pairs(validation, choosing), config, log=history)
     segmenter.preparation = Preparation.from_dict(micrographs.info["preparation"])
     with whole_folder(out) as folder:
         segmenter.save(folder)
@@ -90,7 +92,7 @@ def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, s
     `images` and `masks` are folders of micrograph files with masks of the same names, where there are any.
     """
     masked = match_masks(images, masks) if images and masks else []
-    result = evaluate(Segmenter.load(segmenter), synthetic["validation"], micrographs, config,
+    result = evaluate(Segmenter.load(segmenter), synthetic["validation"], halves(synthetic["validation"])[1], micrographs, config,
                       bright_boundaries=CycleGAN.load(translator).bright_boundaries, masked=masked,
                       masked_set="virtual micrographs, held out" if virtual else "real micrographs")
     likeness = realism(list(micrographs), list(synthetic["training"]))
@@ -119,7 +121,8 @@ def load_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]]:
     """What `run_evaluate` wrote: the evaluation and the realism figures."""
     captions = json.loads((folder / "overlays.json").read_text())
     overlays = {caption: iio.imread(folder / "overlays" / file) for file, caption in captions.items()}
-    evaluation = Evaluation(pd.read_csv(folder / "scores.csv"), pd.read_parquet(folder / "grains.parquet"), overlays)
+    scores = pd.read_csv(folder / "scores.csv", dtype={"set": str, "method": str, "image": str}, keep_default_na=False, na_values=["", "nan"])
+    evaluation = Evaluation(scores, pd.read_parquet(folder / "grains.parquet"), overlays)
     return evaluation, json.loads((folder / "realism.json").read_text())
 
 
@@ -144,5 +147,13 @@ class _History:
         pd.DataFrame(self.rows).rename(columns={"step": unit}).to_csv(folder / HISTORY, index=False, float_format="%.6g")
 
 
-def _pairs(images: ImageSet) -> list[Pair]:
-    return [(images.image(i), images.labels(i)) for i in range(len(images))]
+def halves(validation: ImageSet) -> tuple[range, range]:
+    """Indices of the validation images that choose epoch and seed level, and of those that are only ever scored."""
+    if len(validation) < 2:
+        raise UserError(f"{len(validation)} of the validation images passed the check of label fidelity; two are needed, "
+                        "so a larger simulate.validation_structures or a smaller synthesise.min_fidelity would be right")
+    return range(0, len(validation), 2), range(1, len(validation), 2)
+
+
+def _pairs(images: ImageSet, indices: range) -> list[Pair]:
+    return [(images.image(i), images.labels(i)) for i in indices]

@@ -57,7 +57,7 @@ class _Field:
     found: dict[str, np.ndarray]
 
 
-def evaluate(segmenter: Segmenter, synthetic: ImageSet, micrographs: ImageSet, config: Evaluate, *, bright_boundaries: bool = False,
+def evaluate(segmenter: Segmenter, synthetic: ImageSet, scored: Sequence[int], micrographs: ImageSet, config: Evaluate, *, bright_boundaries: bool = False,
              masked: Sequence[tuple[Path, Path]] = (), masked_set: str = "real micrographs") -> Evaluation:
     """Score a segmenter and measure the grains it finds.
 
@@ -66,7 +66,9 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, micrographs: ImageSet, c
     segmenter : Segmenter
         With its preparation, where `masked` is given.
     synthetic : ImageSet
-        Held-out synthetic images with labels.
+        Synthetic images with labels that no training saw.
+    scored : sequence of int
+        Those of them to score: the ones that did not choose anything in training either.
     micrographs : ImageSet
         Prepared micrographs without labels; their grains are measured.
     config : graincast.config.Evaluate
@@ -88,7 +90,7 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, micrographs: ImageSet, c
         If a mask does not have its micrograph's size, or a file cannot be read.
     """
     score_rows, grain_tables, overlays = [], [], {}
-    fields = {SYNTHETIC: _synthetic_fields(segmenter, synthetic, config, bright_boundaries)}
+    fields = {SYNTHETIC: _synthetic_fields(segmenter, synthetic, scored, config, bright_boundaries)}
     if masked:
         fields[masked_set] = _masked_fields(segmenter, masked, config, bright_boundaries)
     for name, images in fields.items():
@@ -127,10 +129,10 @@ def match_masks(micrographs: Path, masks: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _synthetic_fields(segmenter: Segmenter, synthetic: ImageSet, config: Evaluate, bright: bool) -> Iterator[_Field]:
-    for i, row in synthetic.rows.iterrows():
-        image, labels = synthetic.image(int(i)), synthetic.labels(int(i))  # type: ignore[call-overload]
-        yield _Field(str(row["id"]), image, labels == 0, {OURS: segmenter.segment(image), BASELINE: _baseline(image, config, bright)})
+def _synthetic_fields(segmenter: Segmenter, synthetic: ImageSet, scored: Sequence[int], config: Evaluate, bright: bool) -> Iterator[_Field]:
+    for i in scored:
+        image, labels = synthetic.image(i), synthetic.labels(i)
+        yield _Field(str(synthetic.rows["id"][i]), image, labels == 0, {OURS: segmenter.segment(image), BASELINE: _baseline(image, config, bright)})
 
 
 def _masked_fields(segmenter: Segmenter, masked: Sequence[tuple[Path, Path]], config: Evaluate, bright: bool) -> Iterator[_Field]:

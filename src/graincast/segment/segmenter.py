@@ -82,8 +82,7 @@ class Segmenter:
         """Write weights, configuration, seed level and preparation as ``segmenter.safetensors`` into an existing folder."""
         header = {"config": self.config, "seed_level": self.seed_level,
                   "preparation": self.preparation.to_dict() if self.preparation else None}
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_weights(folder / WEIGHTS, weights, header)
+        save_weights(folder / WEIGHTS, self.network.state_dict(), header)
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto") -> Self:

@@ -69,7 +69,7 @@ class CycleGAN:
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
-        weights = {f"{part}.{name}": value.detach().cpu().contiguous() for part, net in (("forward", self.forward), ("backward", self.backward))
+        weights = {f"{part}.{name}": value for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
         save_weights(folder / WEIGHTS, weights, {"config": self.config, "tones": self.tones.tolist(), "bright_boundaries": self.bright_boundaries})
 
@@ -126,6 +126,8 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
             # micrographs are not turned: shading, shadows and scan-line noise have a direction
             sem = _crops(micrographs, config, rng, symmetries=1).to(device, memory_format=memory_format(device))
             losses = training.step(sim, sem)
+            if not np.isfinite(list(losses.values())).all():
+                raise UserError(f"the translator's losses are no longer finite at step {step}; a smaller translator.learning_rate would be right")
             if log:
                 log(step, losses)
     return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), tones, bright_boundaries, config.model_dump())
@@ -145,10 +147,15 @@ def tone_curve(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray]
     ndarray
         uint8 (256,), monotone: rising, or falling where `bright_boundaries`.
     """
-    counts = sum((np.bincount(picture.ravel(), minlength=256) for picture in pictures), np.zeros(256))
-    rank = (np.cumsum(counts) - counts / 2) / counts.sum()
-    smooth = np.concatenate([ndi.gaussian_filter(image.astype(np.float32), DENOISE_PX).ravel() for image in micrographs])
-    return np.rint(np.quantile(smooth, 1 - rank if bright_boundaries else rank)).astype(np.uint8)
+    shown = _rank(pictures)
+    wanted = _rank([np.rint(ndi.gaussian_filter(image.astype(np.float32), DENOISE_PX)).astype(np.uint8) for image in micrographs])
+    return np.rint(np.interp(1 - shown if bright_boundaries else shown, wanted, np.arange(256))).astype(np.uint8)
+
+
+def _rank(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of the pixels below each grey level, half of those at it included; (256,), rising."""
+    counts = sum((np.bincount(image.ravel(), minlength=256) for image in images), np.zeros(256))
+    return (np.cumsum(counts) - counts / 2) / counts.sum()
 
 
 class _Training:
