@@ -8,6 +8,7 @@ from typing import Any
 from zenml import pipeline
 from zenml.enums import ExecutionMode
 
+from graincast import preflight
 from graincast.config import parse_config
 from graincast.store.imageset import content_digest
 from steps.evaluate import evaluate, evaluate_virtual
@@ -24,6 +25,7 @@ from steps.virtual_session import virtual_session
 def training_pipeline(config: dict[str, Any]) -> None:
     """Simulate, ingest, learn the look, synthesise, train, evaluate, report."""
     settings = parse_config(config)
+    preflight.check(settings)
     session = settings.session
     for_translator, for_synthetic, for_validation = simulate(settings.simulate)
     if session.folder is None:

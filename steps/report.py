@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 from rich.console import Console
 from zenml import get_step_context
+from zenml.client import Client
+from zenml.enums import ExecutionStatus
+from zenml.models import StepRunResponse
 
 from graincast.report.figures import figures
-from graincast.report.findings import summarise
+from graincast.report.findings import METRICS, summarise
 from graincast.report.html import build_report
 from graincast.report.inputs import ReportInputs
 from graincast.report.terminal import summary_table
@@ -32,29 +38,58 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
     """Report a run: HTML page, MLflow parent run, terminal table."""
     from graincast.stages import load_evaluation, load_history
 
-    tags = run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest, synthetic_training=training.digest,
-                    synthetic_validation=validation.digest, translator=translator.digest, segmenter=segmenter.digest,
-                    evaluation=evaluation.digest)
+    steps = Client().get_pipeline_run(get_step_context().pipeline_run.id).steps
+    tags = run_tags(**_hashes(steps))
     found, likeness = load_evaluation(evaluation.path)
-    mlflow_run = tracking.active_run_id()
+    shown = _without_places(config)
+    mlflow_run, model = tracking.active_run_id(), f"models:/{tracking.MODEL}/{model_version}"
     inputs = ReportInputs(
-        title="graincast training run", run={"name": get_step_context().pipeline_run.name, "MLflow run": mlflow_run,
-                                              "model": f"models:/{tracking.MODEL}/{model_version}", **{k: v for k, v in tags.items() if v}},
-        config=config, micrographs=micrographs, morphologies=morphologies, synthetic=training, translator_history=load_history(translator.path),
-        segmenter_history=load_history(segmenter.path), scores=found.scores, realism=likeness, grains=found.grains, overlays=found.overlays,
-        virtual=config["session"]["folder"] is None)
+        title="graincast training run",
+        run={"MLflow run": mlflow_run, "model": model, **{name: tag for name, tag in tags.items() if tag}},
+        config=shown,
+        micrographs=micrographs,
+        morphologies=morphologies,
+        synthetic=training,
+        translator_history=_timed(load_history(translator.path), steps["train_translator"]),
+        segmenter_history=_timed(load_history(segmenter.path), steps["train_segmenter"]),
+        scores=found.scores,
+        realism=likeness,
+        grains=found.grains,
+        overlays=found.overlays,
+        virtual=config["session"]["folder"] is None,
+    )
     with whole_folder(output_folder()) as folder:
         (folder / "report.html").write_text(build_report(inputs))
         (folder / "summary.json").write_text(json.dumps(summarise(inputs), indent=1))
     page = output_folder() / "report.html"
-    tracking.log(params=config, tags=tags, metrics=_metrics(inputs), figures=figures(inputs), files=[page])
-    places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": f"models:/{tracking.MODEL}/{model_version}"}
-    Console(soft_wrap=False).print(summary_table(inputs, places, COMMANDS))
+    tracking.log(params=shown, tags=tags, metrics=_metrics(inputs), figures=figures(inputs), files=[page])
+    places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": model}
+    Console().print(summary_table(inputs, places, COMMANDS))
     return Artifact(page.parent, "report")
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the names of the user's folders in place of their paths, which are nobody else's business."""
+    places = {key: Path(config["session"][key]).name for key in ("folder", "masks") if config["session"][key]}
+    return {**config, "session": {**config["session"], **places}}
+
+
+def _hashes(steps: Mapping[str, StepRunResponse]) -> dict[str, str]:
+    """DVC hash of every dataset and model of the run, by its artifact's name."""
+    outputs = [(name, artifact.run_metadata) for step in steps.values() for name, (artifact, *_) in step.outputs.items()]
+    return {name: str(metadata["dvc_md5"]) for name, metadata in outputs if "dvc_md5" in metadata}
+
+
+def _timed(history: pd.DataFrame, training: StepRunResponse) -> pd.DataFrame:
+    """The history with how long the step took, where it ran now and does not come from the cache."""
+    if training.status != ExecutionStatus.COMPLETED or not (training.start_time and training.end_time):
+        return history
+    return history.assign(seconds=(training.end_time - training.start_time).total_seconds())
 
 
 def _metrics(inputs: ReportInputs) -> dict[str, float]:
     """Mean scores by set and method, and the realism figures, under names MLflow takes."""
     means = inputs.scores.groupby(["set", "method"]).mean(numeric_only=True).stack()
-    scores = {f"{set_}/{method}/{name}".replace(",", "").replace(" ", "_"): float(value) for (set_, method, name), value in means.items()}
+    scores = {f"{set_}/{method}/{name}".replace(",", "").replace(" ", "_"): float(value)
+              for (set_, method, name), value in means.items() if name in METRICS}
     return {**scores, **{f"realism/{name}": value for name, value in inputs.realism.items()}}

@@ -12,9 +12,9 @@ from scipy import ndimage
 
 from graincast.config import Simulate
 from graincast.errors import UserError
+from graincast.labels import boundary_mask
 from graincast.simulate import library
 from graincast.simulate.library import (
-    boundary_mask,
     mean_grain_diameter,
     separate,
     simulate_library,

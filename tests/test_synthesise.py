@@ -133,6 +133,10 @@ class TestTraining:
         with pytest.raises(UserError, match=r"micrographs \(20 x 30 px\).*crop of 32 px"):
             train_cyclegan([structure[0]], [np.zeros((30, 20), np.uint8)], SMALL)
 
+    def test_a_training_that_diverges_is_named(self, structure):
+        with pytest.raises(UserError, match=r"no longer finite at step \d+; a smaller translator.learning_rate"):
+            train_cyclegan([structure[0]], [structure[0]], SMALL.model_copy(update={"learning_rate": 1e25, "steps": 20}))
+
     def test_missing_translator_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no translator"):
             CycleGAN.load(tmp_path)

@@ -95,7 +95,7 @@ class Simulate(Section):
     translator_structures: int = Field(16, ge=1, description="morphologies the translator learns from")
     synthetic_structures: int = Field(24, ge=1, description="unseen morphologies for the synthetic training set")
     validation_structures: int = Field(
-        8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one helps to choose the weights, the rest are only scored"
+        8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one chooses the weights, the rest are only scored"
     )
     size: int = Field(256, ge=32, description="width and height of a morphology, px")
     grains: int = Field(72, ge=2, description="grains a morphology starts with")
@@ -106,7 +106,7 @@ class Simulate(Section):
     steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
     time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
     grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
-    boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses in the picture; drawn for each anew")
+    boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses; drawn for each anew")
     boundary_level: float = Field(0.75, gt=0, lt=1, description="pixels where phi = sum eta^2 lies below this are boundary")
     seed: int = Field(0, ge=0, description="seed; structure k of the library depends on (seed, k) alone")
 

@@ -33,3 +33,8 @@ def fill_lines(labels: np.ndarray, field: np.ndarray | None = None) -> np.ndarra
     nearest = ndi.distance_transform_edt(inside == 0, return_distances=False, return_indices=True)
     grown = inside[tuple(nearest)]
     return grown if field is None else np.where(field, grown, 0)
+
+
+def boundary_mask(labels: np.ndarray) -> np.ndarray:
+    """Boundary pixels of a grain map, (height, width), bool: those without an id."""
+    return labels == 0

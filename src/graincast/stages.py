@@ -55,6 +55,7 @@ def run_train_translator(config: settings.Translator, morphologies: ImageSet, mi
     images = list(micrographs)
     pictures = list(morphologies)
     translator = train_cyclegan(pictures, images, config, bright_boundaries=boundaries_are_bright(images), log=history)
+    translator.parents = {"morphologies": morphologies.digest, "micrographs": micrographs.digest}
     with whole_folder(out) as folder:
         translator.save(folder)
         history.save(folder, "step")
@@ -78,6 +79,7 @@ def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validati
     history = _History(log)
     choosing, _ = halves(validation)
     segmenter = train_segmenter(_pairs(training, range(len(training))), _pairs(validation, choosing), config, log=history)
+    segmenter.parents = {"training": training.digest, "validation": validation.digest, "micrographs": micrographs.digest}
     segmenter.preparation = Preparation.from_dict(micrographs.info["preparation"])
     with whole_folder(out) as folder:
         segmenter.save(folder)

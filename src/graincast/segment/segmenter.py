@@ -36,10 +36,16 @@ class Segmenter:
         The configuration it was trained with.
     preparation : Preparation, optional
         How micrographs were prepared in training; needed by `segment_micrograph`.
+
+    Attributes
+    ----------
+    parents : dict
+        Names and digests of the sets it was trained on.
     """
 
     def __init__(self, network: torch.nn.Module, seed_level: float, config: dict[str, Any], preparation: Preparation | None = None) -> None:
         self.network, self.seed_level, self.config, self.preparation = network, seed_level, config, preparation
+        self.parents: dict[str, str] = {}
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """Instance ids 1..N, int32 (height, width), of a prepared image, uint8 (height, width); they tile the image."""
@@ -80,7 +86,7 @@ class Segmenter:
 
     def save(self, folder: Path) -> None:
         """Write weights, configuration, seed level and preparation as ``segmenter.safetensors`` into an existing folder."""
-        header = {"config": self.config, "seed_level": self.seed_level,
+        header = {"config": self.config, "seed_level": self.seed_level, "parents": self.parents,
                   "preparation": self.preparation.to_dict() if self.preparation else None}
         save_weights(folder / WEIGHTS, self.network.state_dict(), header)
 
@@ -97,7 +103,9 @@ class Segmenter:
         config = header["config"]
         network = build_network(config["architecture"], config["encoder"], None)
         network.load_state_dict(weights)
-        return cls(network.to(pick_device(device)).eval(), header["seed_level"], config, _preparation(header["preparation"]))
+        segmenter = cls(network.to(pick_device(device)).eval(), header["seed_level"], config, _preparation(header["preparation"]))
+        segmenter.parents = header["parents"]
+        return segmenter
 
 
 def _preparation(fields: dict[str, Any] | None) -> Preparation | None:

@@ -109,11 +109,6 @@ def separate(labels: np.ndarray) -> np.ndarray:
     return np.where(large, np.cumsum(large), 0).astype(np.int32)[parts]
 
 
-def boundary_mask(labels: np.ndarray) -> np.ndarray:
-    """Boundary pixels of a grain map, (height, width), bool: those without an id."""
-    return labels == 0
-
-
 def simulate_library(config: Simulate, out: Path) -> dict[str, ImageSet]:
     """Grow the morphologies of all three purposes; no structure serves two of them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -51,6 +51,8 @@ class CycleGAN:
         Whether boundaries are brighter than grains in the micrographs.
     config : dict
         The configuration it was trained with.
+    parents : dict
+        Names and digests of the sets it was trained on.
     """
 
     forward: Generator
@@ -58,6 +60,7 @@ class CycleGAN:
     tones: np.ndarray
     bright_boundaries: bool
     config: dict[str, Any]
+    parents: dict[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
     def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
@@ -71,7 +74,8 @@ class CycleGAN:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
         weights = {f"{part}.{name}": value for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
-        save_weights(folder / WEIGHTS, weights, {"config": self.config, "tones": self.tones.tolist(), "bright_boundaries": self.bright_boundaries})
+        header = {"config": self.config, "tones": self.tones.tolist(), "bright_boundaries": self.bright_boundaries, "parents": self.parents}
+        save_weights(folder / WEIGHTS, weights, header)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -82,7 +86,7 @@ class CycleGAN:
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
-        return cls(nets["forward"], nets["backward"], np.array(header["tones"], np.uint8), header["bright_boundaries"], config)
+        return cls(nets["forward"], nets["backward"], np.array(header["tones"], np.uint8), header["bright_boundaries"], config, header["parents"])
 
 
 def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,

@@ -1,0 +1,33 @@
+"""What would fail late is told before the first stage starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graincast.config import Config, Segmenter
+
+
+def check(config: Config) -> None:
+    """Try what a configuration asks for that costs no training to try.
+
+    Raises
+    ------
+    UserError
+        If a device, architecture or encoder is not to be had, or the masks do not belong to the micrographs.
+    """
+    default = Segmenter()
+    # torch takes seconds to import, which a run from the cache need not spend on the settings that always work
+    if {config.translator.device, config.segmenter.device} - {"auto", "cpu"}:
+        from graincast.compute import pick_device
+
+        pick_device(config.translator.device)
+        pick_device(config.segmenter.device)
+    chosen = config.segmenter
+    if (chosen.architecture, chosen.encoder, chosen.encoder_weights) != (default.architecture, default.encoder, default.encoder_weights):
+        from graincast.segment.network import build_network
+
+        build_network(chosen.architecture, chosen.encoder, chosen.encoder_weights)
+    if config.session.folder and config.session.masks:
+        from graincast.evaluate.evaluation import check_masks, match_masks
+
+        check_masks(match_masks(Path(config.session.folder), Path(config.session.masks)))
