@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import imagecodecs
@@ -494,7 +495,7 @@ def test_preparation_of_new_files_follows_the_set(session, tmp_path):
         again = preparation.prepare(read_micrograph(session / row.source))
         np.testing.assert_array_equal(again.image, made.image(i))
         assert (again.scale, again.bar_row) == (row.scale, row.bar_row)
-    only_known = Preparation(0.05, None, 24.0, 0.01, 96.0, True)
+    only_known = replace(preparation, target_pixel_size_um=0.05, scale=None)
     image = read_micrograph(session / "tuesday" / "1.jpg")
     assert only_known.prepare(image).scale == pytest.approx(24 / estimate_grain_diameter(image.image))
     assert only_known.prepare(image, pixel_size_um=0.025).scale == pytest.approx(0.5)

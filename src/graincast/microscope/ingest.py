@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,15 @@ from tqdm import tqdm
 
 from graincast.config import Ingest
 from graincast.errors import UserError
-from graincast.microscope.info_bar import find_info_bar
 from graincast.microscope.preparation import Preparation
-from graincast.microscope.quality import describe
-from graincast.microscope.reader import find_micrographs, read_micrograph
+from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.microscope.scale import estimate_grain_diameter
 from graincast.store.imageset import ImageSet, ImageSetWriter
 
 SAME_PIXEL_SIZE = 0.01  # relative spread below which pixel sizes count as one
-LEAST_SIGNAL_TO_NOISE = 2.0  # of an image whose grains cannot be sized; pure noise has 1
 
 
-def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Path | str) -> ImageSet:
+def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Path | str, exclude: Path | None = None) -> ImageSet:
     """Read, check and prepare every micrograph of a folder.
 
     Parameters
@@ -43,6 +40,8 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         Equivalent circular grain diameter of the simulation, px, that the micrographs' grains are brought to.
     out : Path
         Where the set is written.
+    exclude : Path, optional
+        A folder within `folder` that holds no micrographs of the session, such as that of the masks.
 
     Returns
     -------
@@ -50,7 +49,7 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         Kind ``micrographs``, uint8; a row for every file. Beside the standard columns: ``scale``, what the original
         was (``original_height``, ``original_width``, ``original_pixel_size_um``, ``bit_depth``, ``bar_row``,
         ``grain_diameter_px`` as estimated, in its own pixels), ``source_sha256``, ``instrument`` (JSON) and the
-        descriptors of `describe`, taken from the original without its info bar. ``info["preparation"]`` holds the
+        descriptors of `graincast.microscope.quality.describe`, taken from the original without its info bar. ``info["preparation"]`` holds the
         `Preparation`.
 
     Raises
@@ -67,28 +66,29 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     particles) takes the scale of the others, unless it is little more than noise.
     """
     folder = Path(folder)
-    paths = find_micrographs(folder)
+    paths = find_micrographs(folder, exclude)
     root = folder.parent if folder.is_file() else folder
     names = _unique_names([path.relative_to(root) for path in paths])
-    surveys = [_survey(path, config) for path in tqdm(paths, "reading micrographs", disable=None)]
-    preparation = _choose(config, [s for s in surveys if s.refused is None], grain_diameter_px)
+    preparation = Preparation(None, None, float(grain_diameter_px), config.clahe_clip, config.clahe_tile_grains * grain_diameter_px,
+                              config.cut_info_bar, config.min_size, config.max_saturated, config.min_contrast, config.pixel_size_um)
+    surveys = [_survey(path, config, preparation) for path in tqdm(paths, "reading micrographs", disable=None)]
+    target, scale = _choose(config, [s for s in surveys if s.refused is None], grain_diameter_px)
+    preparation = replace(preparation, target_pixel_size_um=target, scale=scale)
     with ImageSetWriter(out, "micrographs", config=config.model_dump()) as writer:
         writer.info["preparation"] = preparation.to_dict()
         for path, name, survey in zip(tqdm(paths, "preparing micrographs", disable=None), names, surveys, strict=True):
             relative = path.relative_to(root)
             session = relative.parent.as_posix() if relative.parent.parts else root.resolve().name
             common = {"id": name, "session": session, "source": relative.as_posix(), **survey.facts}
-            reason = survey.refused
-            if reason is None:
-                reason = _add(writer, path, survey, preparation, config, common)
-            if reason is not None:
-                writer.refuse(reason, **common)
+            refused = survey.refused or _add(writer, path, survey, preparation, common)
+            if refused is not None:
+                writer.refuse(refused, **common)
     return writer.result
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """What a first look at a file tells; the pixels are read again later, so that a large folder fits in memory."""
+    """What a first look at a file tells; the pixels are read again later, as the originals together may not fit in memory."""
 
     facts: dict[str, Any]
     pixel_size_um: float | None = None
@@ -96,43 +96,35 @@ class _Survey:
     refused: str | None = None
 
 
-def _survey(path: Path, config: Ingest) -> _Survey:
-    facts: dict[str, Any] = {"source_sha256": _sha256(path)}
+def _survey(path: Path, config: Ingest, preparation: Preparation) -> _Survey:
+    facts: dict[str, Any] = {}
     try:
+        facts["source_sha256"] = _sha256(path)
         micrograph = read_micrograph(path)
+    except OSError as error:
+        return _Survey(facts, refused=f"{path.name} cannot be read: {error.strerror or type(error).__name__}")
     except UserError as error:
-        return _Survey(facts, refused=str(error).replace(str(path), path.name))
+        return _Survey(facts, refused=reason(error, path))
     height, width = micrograph.image.shape
-    pixel_size = micrograph.pixel_size_um or config.pixel_size_um
-    bar_row = find_info_bar(micrograph.image, micrograph.scan_rows) if config.cut_info_bar else height
-    facts |= {"original_height": height, "original_width": width, "bar_row": bar_row, "bit_depth": micrograph.bit_depth,
+    pixel_size = preparation.pixel_size(micrograph)
+    inspection = preparation.inspect(micrograph)
+    facts |= {"original_height": height, "original_width": width, "bar_row": inspection.bar_row, "bit_depth": micrograph.bit_depth,
               "original_pixel_size_um": pixel_size or math.nan,
-              "instrument": json.dumps(micrograph.instrument, sort_keys=True)}
-    field = micrograph.image[:bar_row]
-    if min(field.shape) < config.min_size:
-        return _Survey(facts, refused=f"too small: {width} x {bar_row} px, at least {config.min_size} px are needed")
-    quality = describe(field)
-    facts |= quality
+              "instrument": json.dumps(micrograph.instrument, sort_keys=True), **inspection.quality}
+    if inspection.refused is not None:
+        return _Survey(facts, refused=inspection.refused)
     if config.require_pixel_size and pixel_size is None:
         return _Survey(facts, refused="no pixel size: neither the file nor the key ingest.pixel_size_um gives one")
-    if quality["contrast"] < config.min_contrast:
-        return _Survey(facts, refused=f"no contrast: grey values span {quality['contrast']:.4f} of full scale, "
-                                      f"at least {config.min_contrast} is needed")
-    if quality["saturated_fraction"] > config.max_saturated:
-        return _Survey(facts, refused=f"saturated: {quality['saturated_fraction']:.0%} of the pixels are black or white, "
-                                      f"at most {config.max_saturated:.0%} may be")
     try:
-        diameter = estimate_grain_diameter(field)
-    except ValueError as error:
-        if config.scale is None and quality["signal_to_noise"] < LEAST_SIGNAL_TO_NOISE:
-            return _Survey(facts, refused=f"structureless: {error}")
+        diameter = estimate_grain_diameter(micrograph.image[:inspection.bar_row])
+    except ValueError:
         diameter = math.nan  # the other files can still tell the scale
     facts["grain_diameter_px"] = diameter
     return _Survey(facts, pixel_size, diameter)
 
 
-def _choose(config: Ingest, accepted: list[_Survey], grain_diameter_px: float) -> Preparation:
-    """Settle pixel size and scale for all files from what they told."""
+def _choose(config: Ingest, accepted: list[_Survey], grain_diameter_px: float) -> tuple[float | None, float | None]:
+    """Settle target pixel size and scale for all files from what they told."""
     known = np.array([[s.pixel_size_um, s.grain_diameter_px] for s in accepted if s.pixel_size_um is not None])
     known = known.reshape(-1, 2)
     target = scale = None
@@ -145,8 +137,7 @@ def _choose(config: Ingest, accepted: list[_Survey], grain_diameter_px: float) -
         in_px = _median(np.array([s.grain_diameter_px for s in accepted if s.pixel_size_um is None]))
         target = in_um / grain_diameter_px if in_um else None
         scale = grain_diameter_px / in_px if in_px else None
-    return Preparation(target, scale, float(grain_diameter_px), config.clahe_clip,
-                       config.clahe_tile_grains * grain_diameter_px, config.cut_info_bar)
+    return target, scale
 
 
 def _median(diameters: np.ndarray) -> float | None:
@@ -155,20 +146,13 @@ def _median(diameters: np.ndarray) -> float | None:
     return float(np.median(estimated)) if estimated.size else None
 
 
-def _add(writer: ImageSetWriter, path: Path, survey: _Survey, preparation: Preparation, config: Ingest,
-         common: dict[str, Any]) -> str | None:
+def _add(writer: ImageSetWriter, path: Path, survey: _Survey, preparation: Preparation, common: dict[str, Any]) -> str | None:
     """Prepare a file and add it; returns the reason if no scale suits it."""
-    height, width = survey.facts["bar_row"], survey.facts["original_width"]
     pixel_size = survey.pixel_size_um
-    micrograph = read_micrograph(path)
     try:
-        scale = preparation.scale_for(pixel_size, micrograph.image[:height])
+        image, scale = preparation.resample(read_micrograph(path).image[:survey.facts["bar_row"]], pixel_size)
     except ValueError as error:
-        return f"scale unknown: {error}; the key ingest.scale can fix it"
-    if min(height, width) * scale < config.min_size:
-        return (f"too small: {width * scale:.0f} x {height * scale:.0f} px once its grains are "
-                f"{preparation.grain_diameter_px:.0f} px wide, at least {config.min_size} px are needed")
-    image, scale, _ = preparation.prepare(micrograph, pixel_size)
+        return str(error)
     resampled_um = None if pixel_size is None else preparation.target_pixel_size_um or pixel_size / scale
     writer.add(image, pixel_size_um=resampled_um, scale=scale, **common)
     return None

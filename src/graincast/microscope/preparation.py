@@ -10,12 +10,17 @@ from PIL import Image
 from skimage.exposure import equalize_adapthist
 
 from graincast.microscope.info_bar import find_info_bar
+from graincast.microscope.quality import describe
 from graincast.microscope.scale import estimate_grain_diameter
 
 if TYPE_CHECKING:
     from graincast.microscope.reader import Micrograph
 
 STRETCH_PERCENTILES = (0.1, 99.9)
+LEAST_SIGNAL_TO_NOISE = 2.0  # of an image whose grains cannot be sized; pure noise has 1
+LARGEST_SCALE = 6.0
+"""Largest resampling factor: of grains smaller than that, hardly anything but interpolation would be seen."""
+LARGEST_AREA_PX = 64_000_000  # of a prepared image; equalisation takes some 50 bytes a pixel
 
 
 def prepare(image: np.ndarray, scale: float, clahe_clip: float, clahe_tile_px: float) -> np.ndarray:
@@ -47,12 +52,53 @@ def prepare(image: np.ndarray, scale: float, clahe_clip: float, clahe_tile_px: f
     if (height, width) != image.shape:
         picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
         image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-    low, high = np.percentile(image, STRETCH_PERCENTILES)
-    grey = np.clip((image - low) / ((high - low) or 1), 0, 1)
+    grey = _stretch(image, image)
     if clahe_clip > 0:
         tile = [max(min(round(clahe_tile_px), side), 1) for side in grey.shape]
         grey = equalize_adapthist(grey, kernel_size=tile, clip_limit=clahe_clip)
     return np.rint(255 * grey).astype(np.uint8)
+
+
+def to_grey8(image: np.ndarray, field: np.ndarray | None = None) -> np.ndarray:
+    """A micrograph as 8-bit picture for people and for the classical baseline, whatever part of its range it uses.
+
+    Parameters
+    ----------
+    image : ndarray of float, shape (H, W)
+        Grey values on any scale.
+    field : ndarray of bool, shape (H, W), optional
+        True where the specimen is seen; the info bar then has no say in the range.
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W)
+        Stretched from the field's 0.1 to its 99.9 percentile.
+    """
+    return np.rint(255 * _stretch(image, image if field is None or not field.any() else image[field])).astype(np.uint8)
+
+
+def _stretch(image: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """To [0, 1] by the sample's percentiles."""
+    low, high = np.percentile(sample, STRETCH_PERCENTILES)
+    return np.clip((image - low) / ((high - low) or 1), 0, 1)
+
+
+class Inspection(NamedTuple):
+    """What `Preparation.inspect` found.
+
+    Attributes
+    ----------
+    bar_row : int
+        First row that is not micrograph any more; the image height if there is no info bar (or it stays).
+    quality : dict of str to float
+        Descriptors of the field above (see `graincast.microscope.quality.describe`); empty if it is too small.
+    refused : str or None
+        Why the micrograph must not be used; None: it may.
+    """
+
+    bar_row: int
+    quality: dict[str, float]
+    refused: str | None
 
 
 class Prepared(NamedTuple):
@@ -80,6 +126,14 @@ class Preparation:
         See `prepare`.
     cut_info_bar : bool
         Whether the info bar is looked for and cut.
+    min_size : int
+        Smallest width and height before and after resampling, px.
+    max_saturated : float
+        Largest fraction of black and white pixels.
+    min_contrast : float
+        Smallest range of grey from the 1st to the 99th percentile, fraction of full scale (see `used_range`).
+    default_pixel_size_um : float or None
+        Pixel size of files when neither they nor the caller tell, um.
     """
 
     target_pixel_size_um: float | None
@@ -88,6 +142,10 @@ class Preparation:
     clahe_clip: float
     clahe_tile_px: float
     cut_info_bar: bool
+    min_size: int
+    max_saturated: float
+    min_contrast: float
+    default_pixel_size_um: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
@@ -98,9 +156,32 @@ class Preparation:
         """The inverse of `to_dict`."""
         return cls(**fields)
 
-    def bar_row(self, micrograph: Micrograph) -> int:
-        """First row that is not micrograph any more; the image height if there is no info bar (or it stays)."""
-        return find_info_bar(micrograph.image, micrograph.scan_rows) if self.cut_info_bar else micrograph.image.shape[0]
+    def pixel_size(self, micrograph: Micrograph, pixel_size_um: float | None = None) -> float | None:
+        """Pixel size, um: the file's own, else the caller's, else the default; None if nobody knows."""
+        return micrograph.pixel_size_um or pixel_size_um or self.default_pixel_size_um
+
+    def inspect(self, micrograph: Micrograph) -> Inspection:
+        """Find the info bar and judge what lies above it: the one gate of training and of all that comes after."""
+        height, width = micrograph.image.shape
+        bar_row = find_info_bar(micrograph.image, micrograph.scan_rows) if self.cut_info_bar else height
+        if min(bar_row, width) < self.min_size:
+            return Inspection(bar_row, {}, f"too small: {width} x {bar_row} px, at least {self.min_size} px are needed")
+        field = micrograph.image[:bar_row]
+        quality = describe(field, micrograph.bit_depth)
+        return Inspection(bar_row, quality, self._flaw(field, quality))
+
+    def _flaw(self, field: np.ndarray, quality: dict[str, float]) -> str | None:
+        if quality["contrast"] < self.min_contrast:
+            return f"no contrast: grey values span {quality['contrast']:.4f} of full scale, at least {self.min_contrast} is needed"
+        if quality["saturated_fraction"] > self.max_saturated:
+            return (f"saturated: {quality['saturated_fraction']:.0%} of the pixels are black or white, "
+                    f"at most {self.max_saturated:.0%} may be")
+        if quality["signal_to_noise"] < LEAST_SIGNAL_TO_NOISE:
+            try:
+                estimate_grain_diameter(field)
+            except ValueError as error:
+                return f"structureless: {error}"
+        return None
 
     def scale_for(self, pixel_size_um: float | None, field: np.ndarray) -> float:
         """Resampling factor of a micrograph.
@@ -115,13 +196,33 @@ class Preparation:
         Raises
         ------
         ValueError
-            If it comes to `field` and that shows no grains.
+            If it comes to `field` and that shows no grains, or if the factor or the image that it makes is too large
+            or too small.
         """
         if pixel_size_um is not None and self.target_pixel_size_um is not None:
-            return pixel_size_um / self.target_pixel_size_um
-        if self.scale is not None:
-            return self.scale
-        return self.grain_diameter_px / estimate_grain_diameter(field)
+            scale = pixel_size_um / self.target_pixel_size_um
+        elif self.scale is not None:
+            scale = self.scale
+        else:
+            try:
+                scale = self.grain_diameter_px / estimate_grain_diameter(field)
+            except ValueError as error:
+                raise ValueError(f"scale unknown: {error}; a pixel size, or in training the key ingest.scale, can tell it") from error
+        if scale > LARGEST_SCALE:
+            raise ValueError(f"magnification too low: grains would be only {self.grain_diameter_px / scale:.1f} px across in the original, "
+                             f"at least {self.grain_diameter_px / LARGEST_SCALE:.1f} px are needed")
+        height, width = (side * scale for side in field.shape)
+        resampled = f"{width:.0f} x {height:.0f} px once its grains are {self.grain_diameter_px:.0f} px wide"
+        if min(height, width) < self.min_size:
+            raise ValueError(f"too small: {resampled}, at least {self.min_size} px are needed")
+        if height * width > LARGEST_AREA_PX:
+            raise ValueError(f"too large: {resampled}, at most {LARGEST_AREA_PX / 1e6:.0f} million px may be; cut it into parts")
+        return scale
+
+    def resample(self, field: np.ndarray, pixel_size_um: float | None) -> tuple[np.ndarray, float]:
+        """Resample and equalise a field (see `prepare`); returns it with its scale. Raises as `scale_for`."""
+        scale = self.scale_for(pixel_size_um, field)
+        return prepare(field, scale, self.clahe_clip, self.clahe_tile_px), scale
 
     def prepare(self, micrograph: Micrograph, pixel_size_um: float | None = None) -> Prepared:
         """Cut, resample and equalise a micrograph.
@@ -136,9 +237,10 @@ class Preparation:
         Raises
         ------
         ValueError
-            If neither its pixel size nor a recorded scale says how large its grains are and the image does not either.
+            With the reason, if the micrograph does not pass `inspect` or `scale_for`.
         """
-        bar_row = self.bar_row(micrograph)
-        field = micrograph.image[:bar_row]
-        scale = self.scale_for(micrograph.pixel_size_um or pixel_size_um, field)
-        return Prepared(prepare(field, scale, self.clahe_clip, self.clahe_tile_px), scale, bar_row)
+        inspection = self.inspect(micrograph)
+        if inspection.refused is not None:
+            raise ValueError(inspection.refused)
+        image, scale = self.resample(micrograph.image[:inspection.bar_row], self.pixel_size(micrograph, pixel_size_um))
+        return Prepared(image, scale, inspection.bar_row)

@@ -12,13 +12,15 @@ LAPLACIAN_DIFFERENCE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.
 SHARPNESS_SIGMAS_PX = (0.7, 1.4)
 
 
-def describe(image: np.ndarray) -> dict[str, float]:
+def describe(image: np.ndarray, bit_depth: int = 8) -> dict[str, float]:
     """Describe the quality of a micrograph.
 
     Parameters
     ----------
     image : ndarray of float, shape (H, W), at least 3 x 3
         Grey values in [0, 1], without the info bar.
+    bit_depth : int
+        Bits a sample in the file. Full scale, below, is what `used_range` makes of it.
 
     Returns
     -------
@@ -44,7 +46,7 @@ def describe(image: np.ndarray) -> dict[str, float]:
     >>> round(describe(0.5 + 0.05 * rng.standard_normal((200, 200)))["noise"], 3)
     0.05
     """
-    image = np.asarray(image, dtype=np.float32)
+    image = np.minimum(np.asarray(image, dtype=np.float32) / used_range(image, bit_depth), 1)
     low, high = np.percentile(image, [1, 99])
     half_step = 0.5 / 255
     noise = noise_level(image)
@@ -59,6 +61,31 @@ def describe(image: np.ndarray) -> dict[str, float]:
         "entropy": float(shannon_entropy(np.rint(255 * image).astype(np.uint8), base=2)),
         "shading": float(np.ptp(smooth)),
     }
+
+
+def used_range(image: np.ndarray, bit_depth: int) -> float:
+    """Full scale of the detector within that of the file: 10 or 12 bit data often come in 16 bit files.
+
+    Parameters
+    ----------
+    image : ndarray of float
+        Grey values, fractions of the file's full scale.
+    bit_depth : int
+        Bits a sample in the file; float counts as 16.
+
+    Returns
+    -------
+    float
+        The full scale of the fewest whole bits, 8 at least, that hold the 99.9 percentile; fraction of the file's.
+
+    Examples
+    --------
+    >>> round(used_range(np.linspace(0, 4095, 5000) / 65535, 16) * 65535)
+    4095
+    """
+    full_scale = 2 ** min(bit_depth, 16) - 1
+    brightest = round(float(np.percentile(image, 99.9)) * full_scale)
+    return float(min((2 ** max(brightest.bit_length(), 8) - 1) / full_scale, 1))
 
 
 def noise_level(image: np.ndarray) -> float:

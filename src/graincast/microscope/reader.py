@@ -102,13 +102,15 @@ def read_micrograph(path: Path | str) -> Micrograph:
         raise UserError(f"{path} cannot be read as a {suffix[1:].upper()} image: {_sentence(error)}") from error
 
 
-def find_micrographs(path: Path | str) -> list[Path]:
+def find_micrographs(path: Path | str, exclude: Path | str | None = None) -> list[Path]:
     """List the micrographs of a folder and its sub-folders.
 
     Parameters
     ----------
     path : Path or str
         A folder, or one file.
+    exclude : Path or str, optional
+        A folder within `path` that is left out, such as that of masks or of results; ignored where it is not within.
 
     Returns
     -------
@@ -128,14 +130,23 @@ def find_micrographs(path: Path | str) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a folder of micrographs or one micrograph")
 
+    excluded = None if exclude is None or not Path(exclude).resolve().is_relative_to(path.resolve()) else Path(exclude).resolve()
+
     def wanted(file: Path) -> bool:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        return file.suffix.lower() in EXTENSIONS and not hidden and file.is_file()
+        if file.suffix.lower() not in EXTENSIONS or any(part.startswith(".") for part in file.relative_to(path).parts):
+            return False
+        return file.is_file() and not (excluded and file.resolve().is_relative_to(excluded))
 
     files = sorted((f for f in path.rglob("*") if wanted(f)), key=lambda f: f.relative_to(path).parts)
     if not files:
-        raise UserError(f"{path} holds no micrographs; graincast reads {', '.join(EXTENSIONS)}")
+        outside = f" outside {exclude}" if excluded else ""
+        raise UserError(f"{path} holds no micrographs{outside}; graincast reads {', '.join(EXTENSIONS)}")
     return files
+
+
+def reason(error: Exception, path: Path) -> str:
+    """An error's sentence for the records: with the file's name, without the folders of the user's machine."""
+    return str(error).replace(str(path.resolve()), path.name).replace(str(path), path.name)
 
 
 # ------------------------------------------------------------------------------------------------------- pixels
@@ -256,6 +267,7 @@ def _zeiss(tif: tifffile.TiffFile) -> Found | None:
     current = tags.get("ap_iprobe", ())
     amperes = {"pA": 1e-3, "nA": 1.0, "µA": 1e3}
     volts = tags.get("ap_actualkv", ())
+    kilovolts = {"kV": 1.0, "V": 1e-3}
     working_distance = length("ap_wd")
     # old versions only have the pixel size of a 1024 px wide screen, fourth in the unnamed block, m
     screen = tags.get("", ())
@@ -264,7 +276,7 @@ def _zeiss(tif: tifffile.TiffFile) -> Found | None:
     return pixel_size, _allowed({
         "model": text("dp_sem"),
         "detector": text("dp_detector_type") or text("dp_detector_channel"),
-        "accelerating_voltage_kv": _positive(volts[1], {"kV": 1.0, "V": 1e-3}[volts[2]]) if len(volts) == 3 else None,
+        "accelerating_voltage_kv": _positive(volts[1], kilovolts.get(volts[2], math.nan)) if len(volts) == 3 else None,
         "magnification": _magnification(text("ap_mag")),
         "working_distance_mm": working_distance / 1e3 if working_distance else None,
         "dwell_time_us": _positive(dwell[1], seconds.get(dwell[2], math.nan)) if len(dwell) == 3 else None,
