@@ -7,6 +7,7 @@
 PYTHON ?= python3.11
 SEM_DIR ?=
 MASK_DIR ?=
+$(if $(MASK_DIR),$(if $(SEM_DIR),,$(error MASK_DIR=$(MASK_DIR) without SEM_DIR; SEM_DIR=folder names the micrographs that the masks belong to)))
 
 ENV := . ./env.sh
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-cache-dir --quiet
@@ -52,7 +53,12 @@ lint: $(INSTALLED)
 
 # ZenML's dashboard stays in the background until `zenml logout --local`; MLflow's runs until Ctrl-C.
 dashboards: setup
-	@$(ENV) && zenml login --local && mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI"
+	@$(ENV) && \
+	case "$$ZENML_STORE_URL" in http*) echo "ZenML dashboard: $$ZENML_STORE_URL" ;; *) zenml login --local ;; esac && \
+	case "$$MLFLOW_TRACKING_URI" in \
+		http*) echo "MLflow dashboard: $$MLFLOW_TRACKING_URI" ;; \
+		*) mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" ;; \
+	esac
 
 # Everything that runs made, the versions in the DVC cache and the local servers' databases included.
 clean:

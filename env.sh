@@ -5,11 +5,32 @@
 #     export ZENML_STORE_URL=https://zenml.example.org ZENML_STORE_API_KEY=...
 #     export MLFLOW_TRACKING_URI=https://mlflow.example.org MLFLOW_TRACKING_TOKEN=...
 # before sourcing points graincast at servers of your own. POSIX sh; a shell that cannot tell a sourced file where it
-# lies (dash) must source it from the checkout.
+# lies (dash) must source it from the checkout. Sourced after another checkout's, it takes over from that one.
 
 graincast_root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE:-$0}")" && pwd)
 [ -f "$graincast_root/env.sh" ] || graincast_root=$PWD
 graincast_state=$graincast_root/.graincast
+
+# What another checkout's env.sh set in this shell is not the user's own choice.
+if [ -n "${GRAINCAST_ROOT-}" ] && [ "$GRAINCAST_ROOT" != "$graincast_root" ]; then
+    for graincast_name in ZENML_CONFIG_PATH MLFLOW_TRACKING_URI DVC_GLOBAL_CONFIG_DIR DVC_SYSTEM_CONFIG_DIR \
+            DVC_SITE_CACHE_DIR MPLCONFIGDIR NUMBA_CACHE_DIR TORCH_HOME HF_HOME; do
+        eval "graincast_value=\${$graincast_name-}"
+        case $graincast_value in
+            "$GRAINCAST_ROOT/.graincast/"* | "sqlite:///$GRAINCAST_ROOT/.graincast/"*) unset "$graincast_name" ;;
+        esac
+    done
+    case ":$PATH:" in
+        *":$GRAINCAST_ROOT/.venv/bin:"*)
+            PATH=:$PATH:
+            PATH=${PATH%%":$GRAINCAST_ROOT/.venv/bin:"*}:${PATH#*":$GRAINCAST_ROOT/.venv/bin:"}
+            PATH=${PATH#:}
+            PATH=${PATH%:}
+            ;;
+    esac
+    unset graincast_name graincast_value
+fi
+export GRAINCAST_ROOT="$graincast_root"
 
 case ":$PATH:" in
     *":$graincast_root/.venv/bin:"*) ;;
