@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from graincast.config import Ingest
 from graincast.errors import UserError
 from graincast.microscope.info_bar import find_info_bar
 from graincast.microscope.ingest import ingest
-from graincast.microscope.preparation import Preparation, prepare
+from graincast.microscope.preparation import Preparation, prepare, to_grey8
 from graincast.microscope.quality import describe, noise_level
-from graincast.microscope.reader import PHYSICAL_FIELDS, find_micrographs, read_micrograph
+from graincast.microscope.reader import PHYSICAL_FIELDS, Micrograph, find_micrographs, read_micrograph
 from graincast.microscope.scale import _count_deep_minima, estimate_grain_diameter
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -471,6 +472,71 @@ def test_a_file_that_cannot_be_sized_takes_the_scale_of_the_others(session, tmp_
     with pytest.raises(UserError, match=r"few\.tif: scale unknown.*ingest\.scale"):
         ingest(Ingest(), folder, 24.0, tmp_path / "set2")
     assert len(ingest(Ingest(scale=0.5), folder, 24.0, tmp_path / "set3")) == 1
+
+
+def test_excluded_folder_counts_only_within(tmp_path):
+    for name in ("a.png", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        iio.imwrite(tmp_path / name, to_bytes(grains()[0]))
+    assert find_micrographs(tmp_path, exclude=tmp_path / "masks") == [tmp_path / "a.png"]
+    assert find_micrographs(tmp_path / "masks", exclude=tmp_path) == [tmp_path / "masks" / "a.png"]
+    with pytest.raises(UserError, match="holds no micrographs outside"):
+        find_micrographs(tmp_path, exclude=tmp_path)
+    result = ingest(Ingest(), tmp_path, 24.0, tmp_path / "set", exclude=tmp_path / "masks")
+    assert list(result.rows.source) == ["a.png"]
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_gate_judges_the_range_that_the_detector_uses(bits):
+    image, _ = grains()
+    stored = (np.rint(image * (2**bits - 1)) / 65535).astype(np.float32)
+    assert describe(stored, 16)["contrast"] == pytest.approx(describe(image)["contrast"], rel=0.01)
+    preparation = Preparation(None, 1.0, 24.0, 0.01, 96.0, True, 64, 0.5, 0.01, None)
+    assert preparation.inspect(Micrograph(stored, 16)).refused is None
+    flat = np.full((200, 200), 0.4 * (2**bits - 1) / 65535, np.float32)
+    flat[0, 0] = 1  # a hot pixel is no contrast
+    assert "no contrast" in preparation.inspect(Micrograph(flat, 16)).refused
+    clipped = np.minimum(3 * stored, (2**bits - 1) / 65535)
+    assert "saturated" in preparation.inspect(Micrograph(clipped, 16)).refused
+
+
+def test_grey8_shows_any_range_and_leaves_the_bar_out():
+    image, _ = grains()
+    dim = with_bar(image / 16)
+    field = np.arange(dim.shape[0])[:, None] < 300 + np.zeros(dim.shape[1])
+    picture = to_grey8(dim, field)
+    np.testing.assert_array_equal(picture[:300], to_grey8(image / 16))
+    np.testing.assert_allclose(picture[:300].astype(int), to_grey8(image), atol=1)
+
+
+def test_scale_has_bounds():
+    preparation = Preparation(0.05, None, 24.0, 0.01, 96.0, True, 64, 0.5, 0.01, None)
+    field = np.zeros((3000, 4000), np.float32)
+    assert preparation.scale_for(0.1, field) == pytest.approx(2)
+    for pixel_size, word in ((0.301, "magnification too low.*4.0 px"), (0.0005, "too small"), (0.2, "too large")):
+        with pytest.raises(ValueError, match=word):
+            preparation.scale_for(pixel_size, field)
+
+
+def test_one_overview_does_not_stop_a_session(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_fei(folder / "grains.tif", grains(diameter=30)[0])
+    write_fei(folder / "twin.tif", grains(diameter=30, seed=1)[0])
+    write_fei(folder / "overview.tif", grains(diameter=30, seed=2)[0], FEI.replace("2.9e-08", "2.9e-06"))
+    result = ingest(Ingest(), folder, 24.0, tmp_path / "set")
+    assert set(result.rows.source) == {"grains.tif", "twin.tif"}
+    assert "magnification too low" in result.refused.refused[0]
+
+
+def test_unreadable_file_is_a_refused_row(tmp_path):
+    for name in ("a.png", "locked.png"):
+        iio.imwrite(tmp_path / name, to_bytes(grains()[0]))
+    (tmp_path / "locked.png").chmod(0)
+    if os.access(tmp_path / "locked.png", os.R_OK):
+        pytest.skip("this user may read everything")
+    result = ingest(Ingest(), tmp_path, 24.0, tmp_path / "set")
+    assert "locked.png cannot be read: Permission denied" in result.refused.refused[0]
 
 
 def test_scale_from_the_configuration(session, tmp_path):
