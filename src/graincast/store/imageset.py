@@ -13,6 +13,7 @@ Images of unequal size share the stack: each page is padded with zeros at the bo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -65,13 +66,16 @@ def content_digest(path: Path, key: str) -> str:
     Raises
     ------
     UserError
-        If there is neither.
+        If there is neither, or a file in it cannot be read.
     """
-    if path.is_dir():
-        return folder_digest(path)
-    if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "md5").hexdigest()
+    try:
+        if path.is_dir():
+            return folder_digest(path)
+        if path.is_file():
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "md5").hexdigest()
+    except OSError as error:
+        raise UserError(f"{key}: '{error.filename or path}' cannot be read: {error.strerror}") from error
     raise UserError(f"{key}: '{path}' does not exist; an existing folder would be right")
 
 
@@ -83,35 +87,72 @@ class whole_folder:
     path : Path
         Where the folder shall stand. What stood there before is replaced at the very end.
 
+    Raises
+    ------
+    UserError
+        If the folder cannot be made there, or the disk is full.
+
     Notes
     -----
     The body writes into the yielded temporary sibling. Any exception, Ctrl-C included, removes it and leaves what
-    stood at `path` untouched; a kill leaves a ``.partial-*`` sibling that no reader accepts.
+    stood at `path` untouched; a kill leaves a ``.partial-*`` sibling that no reader accepts. Of two processes that
+    make the same folder at once, the later one leaves the other's standing if it has the same content.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
 
     def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{self.path.name}-", dir=self.path.parent))
-        self._partial.chmod(0o755)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_dir():
+                raise FileExistsError(errno.EEXIST, "a file has that name")
+            self._partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{self.path.name}-", dir=self.path.parent))
+            self._partial.chmod(0o755)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return self._partial
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._sync()
+                self._place()
+        except OSError as failure:
+            raise self._unwritable(failure) from failure
+        finally:
             shutil.rmtree(self._partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                reason = f"{self.path} cannot be written: {error.strerror}"
-                raise UserError(f"{reason}; free some space and run again, finished stages are kept") from error
-            return
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise self._unwritable(error) from error
+
+    def _sync(self) -> None:
         for file in self._partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self._partial.rename(self.path)
+
+    def _place(self) -> None:
+        """Rename what stands at `path` aside and the new folder in; nothing is deleted before the new one stands."""
+        aside = self._partial.with_name(f"{self._partial.name}-old")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside)
+        try:
+            self._partial.rename(self.path)
+        except BaseException as error:
+            if not self.path.exists() and aside.exists():
+                aside.rename(self.path)
+            if not (isinstance(error, OSError) and self._another_made_it()):
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _another_made_it(self) -> bool:
+        return self.path.is_dir() and folder_digest(self.path) == folder_digest(self._partial)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        full = error.errno in DISK_FULL
+        remedy = "free some space and run again, finished stages are kept" if full else "a folder that you may write to would be right"
+        return UserError(f"{self.path} cannot be written: {error.strerror}; {remedy}")
 
 
 class ImageSet:

@@ -189,7 +189,8 @@ def _complete_cache(repo: Any, md5: str, objects: set[Any]) -> None:
     if lacking:
         other = f"nor in DVC remote '{remote}'" if remote else "and no DVC remote is configured"
         missing = min(info.value for info in lacking)
-        raise UserError(f"version {md5} is lost: object {missing} is not in {cache.path}, {other}")
+        remedy = "delete nothing; pull from a remote that has it, or run once with `enable_cache: false` in the configuration"
+        raise UserError(f"version {md5} is lost: object {missing} is not in {cache.path}, {other}; {remedy}")
 
 
 def _sound(cache: Any, md5: str) -> bool:
