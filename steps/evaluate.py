@@ -10,10 +10,8 @@ from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
-SOURCES = ("evaluate", "measure", "segment", "microscope")
 
-
-@stage(*SOURCES)
+@stage("run_evaluate", "masked_files")
 def evaluate(config: Evaluate, session: Session, segmenter: Artifact, translator: Artifact, training: ImageSet, validation: ImageSet,
              micrographs: ImageSet, fingerprint: str) -> Annotated[Artifact, "evaluation"]:
     """Scores beside the classical baseline; on the user's masks too, where the session names a folder of them."""
@@ -23,7 +21,7 @@ def evaluate(config: Evaluate, session: Session, segmenter: Artifact, translator
     return _evaluate(config, segmenter, translator, training, validation, micrographs, images, masks, virtual=False)
 
 
-@stage(*SOURCES)
+@stage("run_evaluate", "masked_files")
 def evaluate_virtual(config: Evaluate, session: Session, segmenter: Artifact, translator: Artifact, training: ImageSet, validation: ImageSet,
                      micrographs: ImageSet, virtual_session: Artifact) -> Annotated[Artifact, "evaluation"]:
     """Scores beside the classical baseline, also on the virtual session's held-out micrographs."""

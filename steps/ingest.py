@@ -10,10 +10,8 @@ from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
-SOURCES = ("microscope", "store/imageset.py")
 
-
-@stage(*SOURCES)
+@stage("run_ingest")
 def ingest(config: Ingest, morphologies: ImageSet, folder: str, fingerprint: str) -> Annotated[ImageSet, "micrographs"]:
     """Micrographs of a folder of the user's; `fingerprint` is its content's, so that changed files are read again."""
     from graincast.stages import run_ingest
@@ -21,7 +19,7 @@ def ingest(config: Ingest, morphologies: ImageSet, folder: str, fingerprint: str
     return run_ingest(config, Path(folder), morphologies, output_folder("micrographs"))
 
 
-@stage(*SOURCES)
+@stage("run_ingest")
 def ingest_virtual(config: Ingest, morphologies: ImageSet, session: Artifact) -> Annotated[ImageSet, "micrographs"]:
     """Micrographs of a virtual session, read as an instrument's would be."""
     from graincast.stages import run_ingest

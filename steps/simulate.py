@@ -9,7 +9,7 @@ from graincast.store.imageset import ImageSet
 from steps.stage import output_folder, stage
 
 
-@stage("simulate", "store/imageset.py")
+@stage("run_simulate")
 def simulate(
     config: Simulate,
 ) -> tuple[

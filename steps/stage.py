@@ -2,7 +2,7 @@
 
 A stage's step reads like this::
 
-    @stage("simulate", "store/imageset.py")
+    @stage("run_simulate")
     def simulate(config: Simulate) -> Annotated[ImageSet, "morphologies"]:
         from graincast.stages import run_simulate
 
@@ -22,18 +22,17 @@ from zenml.config.cache_policy import CachePolicy
 
 from graincast.store import tracking
 from steps.artifacts import ROOT
+from steps.sources import source_files
 
-LIBRARY = Path("src/graincast")
 
-
-def stage(*sources: str, child_run: bool = False, enable_cache: bool | None = None) -> Callable[[Callable[..., Any]], Any]:
+def stage(*functions: str, child_run: bool = False, enable_cache: bool | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `zenml.step` with an MLflow run and a cache that follows content and code.
 
     Parameters
     ----------
-    *sources : str
-        Files and packages of the library, relative to ``src/graincast``, whose code makes the stage's output; a
-        change in one of them runs the stage again.
+    *functions : str
+        The functions of `graincast.stages` that the step calls; a change in the library's code that they run, by
+        `steps.sources.source_files`, runs the stage again.
     child_run : bool
         Log to a child run of the pipeline run's MLflow run, not to the latter itself.
     enable_cache : bool, optional
@@ -41,13 +40,13 @@ def stage(*sources: str, child_run: bool = False, enable_cache: bool | None = No
 
     Notes
     -----
-    The cache key holds the parameters, the DVC hashes of the inputs, the step's code and `sources`.
+    The cache key holds the parameters, the DVC hashes of the inputs, the step's code and that of the library.
     """
     return step(
         enable_cache=enable_cache,
         experiment_tracker=True,
         settings={"experiment_tracker": {"experiment_name": tracking.EXPERIMENT, "nested": child_run}},
-        cache_policy=CachePolicy(include_artifact_ids=False, file_dependencies=_files(sources)),
+        cache_policy=CachePolicy(include_artifact_ids=False, file_dependencies=source_files(*functions)),
     )
 
 
@@ -63,15 +62,3 @@ def run_tags(**digests: str) -> dict[str, str | None]:
     commit = tracking.git_commit(ROOT)
     hashes = {f"dvc.{name}": digest for name, digest in digests.items()}
     return {"zenml_run": run.name, "zenml_run_id": str(run.id), "git_commit": commit, **hashes}
-
-
-def _files(sources: tuple[str, ...]) -> list[str]:
-    """The Python files of `sources`, relative to the checkout."""
-    files: set[Path] = set()
-    for source in sources:
-        path = ROOT / LIBRARY / source
-        found = set(path.rglob("*.py")) if path.is_dir() else {path}
-        if not all(file.is_file() for file in found) or not found:
-            raise FileNotFoundError(f"{path} is no Python file or package of the library")
-        files |= found
-    return sorted(str(file.relative_to(ROOT)) for file in files)

@@ -10,7 +10,7 @@ from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
 
-@stage("synthesise", "compute.py", "store/imageset.py")
+@stage("run_synthesise")
 def synthesise(
     config: Synthesise, synthetic: ImageSet, validation: ImageSet, translator: Artifact
 ) -> tuple[Annotated[ImageSet, "synthetic_training"], Annotated[ImageSet, "synthetic_validation"]]:

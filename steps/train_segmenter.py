@@ -11,7 +11,7 @@ from graincast.store.versioning import Artifact
 from steps.stage import output_folder, run_tags, stage
 
 
-@stage("segment", "compute.py", child_run=True)
+@stage("run_train_segmenter", child_run=True)
 def train_segmenter(
     config: Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet
 ) -> tuple[Annotated[Artifact, "segmenter"], Annotated[int, "model_version"]]:
@@ -23,5 +23,5 @@ def train_segmenter(
     with tracking.MetricLog() as log:
         folder = run_train_segmenter(config, training, validation, micrographs, output_folder("segmenter"), log)
     artifact = Artifact(folder, "segmenter")
-    version = tracking.register_segmenter(folder, micrographs.image(0), {**tags, "dvc.segmenter": artifact.digest})
+    version = tracking.ensure_registered(folder, micrographs.image(0), tags)
     return artifact, version

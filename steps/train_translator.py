@@ -11,7 +11,7 @@ from graincast.store.versioning import Artifact
 from steps.stage import output_folder, run_tags, stage
 
 
-@stage("synthesise/cyclegan", "synthesise/polarity.py", "compute.py", child_run=True)
+@stage("run_train_translator", child_run=True)
 def train_translator(config: Translator, morphologies: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "translator"]:
     """A CycleGAN between morphologies and micrographs."""
     from graincast.stages import run_train_translator

@@ -9,7 +9,7 @@ from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
 
-@stage("microscope/virtual_sem.py", "simulate")
+@stage("run_virtual_sem")
 def virtual_session(config: VirtualSession) -> Annotated[Artifact, "virtual_session"]:
     """Micrographs with exact truth, made by the virtual SEM."""
     from graincast.stages import run_virtual_sem

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from uuid import uuid4
@@ -20,15 +23,19 @@ import pytest
 import tifffile
 import yaml
 from dvc.repo import Repo
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from graincast.config import Config
 from graincast.config import Segmenter as SegmenterConfig
 from graincast.errors import UserError
+from graincast.microscope.preparation import Preparation
 from graincast.segment.network import build_network
 from graincast.segment.segmenter import Segmenter
 from graincast.store import tracking, versioning
-from graincast.store.imageset import ImageSet, ImageSetWriter, folder_digest, whole_folder
+from graincast.store.imageset import ImageSet, ImageSetWriter, content_digest, folder_digest, whole_folder
 from graincast.store.versioning import Artifact, Version
+from steps.sources import source_files
 
 SOURCES = Path(__file__).parents[1] / "src"
 
@@ -99,6 +106,55 @@ def test_an_empty_set_names_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.tif: too small"), ImageSetWriter(tmp_path / "s", "t") as writer:
         writer.refuse("too small", id="bad", source="bad.tif")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_fills_at_the_end_leaves_the_older_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    before = folder_digest(write_folder(tmp_path / "set"))
+    rename = os.rename
+
+    def fail(source: object, target: object = None) -> None:
+        if call == "fsync" or (Path(str(target)).name == "set" and not str(source).endswith("-old")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match="set cannot be written: No space left on device; free some space"), whole_folder(tmp_path / "set") as folder:
+        (folder / "new").write_text("new")
+    assert folder_digest(tmp_path / "set") == before
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/graincast"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(UserError, match=f"{place} cannot be written"), whole_folder(tmp_path / place):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "image.tif").symlink_to("/proc/self/mem")  # reading its first byte fails, for root too
+    with pytest.raises(UserError, match=r"session\.folder: .*cannot be read"):
+        content_digest(tmp_path, "session.folder")
+
+
+@pytest.mark.parametrize("content", ["equal", "other"])
+def test_of_two_makers_of_a_folder_the_first_stays_and_the_equal_one_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """The other process's folder appears between this one's two renames."""
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        if Path(target).name == "set":
+            write_folder(Path(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    outcome = pytest.raises(UserError, match="not empty") if content == "other" else nullcontext()
+    with outcome, whole_folder(tmp_path / "set") as folder:
+        write_folder(folder, ("a.bin", "sub/deep/b.bin") if content == "equal" else ("c.bin",))
+    assert sorted(p.name for p in tmp_path.rglob("*.bin")) == ["a.bin", "b.bin"]
+    assert os.listdir(tmp_path) == ["set"]
 
 
 # Versions
@@ -191,7 +247,7 @@ def test_another_machine_pulls_from_the_remote(project: Path, tmp_path: Path) ->
 
 def test_a_lost_version_is_named(project: Path) -> None:
     lost = Version("0" * 32 + ".dir", 1, 1)
-    with pytest.raises(UserError, match=r"0{32}\.dir is lost.*no DVC remote is configured"):
+    with pytest.raises(UserError, match=r"0{32}\.dir is lost.*no DVC remote is configured; .*enable_cache: false"):
         versioning.fetch(lost, project / "runs" / "x")
     assert not (project / "runs" / "x").exists()
 
@@ -348,8 +404,6 @@ def test_loss_curves_arrive_whole(server: Path, failure: type[BaseException] | N
         train(log)
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(i, 1 / (i + 1)) for i in range(700)]
-    assert log.table.shape == (700, 3)
-    assert log.table.index.name == "step"
 
 
 def test_files_and_folders_become_artifacts(server: Path, tmp_path: Path) -> None:
@@ -385,7 +439,9 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
-            tracking.register_segmenter(folder, image, {"dvc": folder_digest(folder), "none": None})
+            version = tracking.ensure_registered(folder, image, {"git_commit": "abc", "none": None})
+        with mlflow.start_run():
+            assert tracking.ensure_registered(folder, image) == version, "the same bytes are one version"
     return segmenters[0], image
 
 
@@ -405,7 +461,7 @@ def test_references_find_their_segmenter(registered: tuple[Segmenter, np.ndarray
 def test_the_registered_model_describes_itself(registered: tuple[Segmenter, np.ndarray]) -> None:
     version = mlflow.MlflowClient().get_model_version(tracking.MODEL, "1")
     info = mlflow.models.get_model_info(f"models:/{tracking.MODEL}/1")
-    assert version.tags.keys() == {"dvc"}
+    assert version.tags.keys() == {"dvc.segmenter", "git_commit"}
     assert [(i.type, i.shape) for i in info.signature.inputs] == [(np.dtype("uint8"), (-1, -1, -1))]
     assert [(o.type, o.shape) for o in info.signature.outputs] == [(np.dtype("int32"), (-1, -1, -1))]
     assert info.saved_input_example_info is not None
@@ -431,3 +487,76 @@ print(graincast.__file__)
     labels = np.load(tmp_path / "labels.npy")
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels[0], first.segment(image))
+
+
+def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -> None:
+    """A run from the cache against a second MLflow server registers there what the first one has."""
+    folder = tmp_path / "segmenter"
+    folder.mkdir()
+    Segmenter(build_network("Unet", "resnet18", None).eval(), 0.5, SegmenterConfig(precision="float32").model_dump()).save(folder)
+    program = (
+        "import sys, mlflow, numpy as np; from pathlib import Path; from graincast.store import tracking\n"
+        "mlflow.set_experiment(experiment_id=tracking.ensure_experiment())\n"
+        "for _ in range(2):\n"
+        "    with mlflow.start_run(): print(tracking.ensure_registered(Path(sys.argv[1]), np.zeros((96, 96), np.uint8)))"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/second.db"}
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+
+
+def test_the_requirements_of_a_served_segmenter_are_all_it_imports(tmp_path: Path) -> None:
+    """Every package that is neither one of them nor theirs is blocked; the segmenter carries a preparation."""
+    allowed, pending = set(), {canonicalize_name(name) for name in tracking.REQUIREMENTS}
+    while pending:
+        name = pending.pop()
+        allowed.add(name)
+        needed = [Requirement(line) for line in metadata.requires(name) or [] if "extra ==" not in line]
+        pending |= {canonicalize_name(need.name) for need in needed if not need.marker or need.marker.evaluate()} - allowed
+    owners = {package: {canonicalize_name(name) for name in names} for package, names in metadata.packages_distributions().items()}
+    blocked = [package for package, names in owners.items() if not names & {*allowed, "graincast"}]
+    assert {"zenml", "dvc", "pandas", "pyarrow", "matplotlib", "rsciio", "mlflow", "pydantic", "tqdm"} & allowed <= {"tqdm"}
+
+    example = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+    given = {"grain_diameter_px": 20.0, "clahe_clip": 0.01, "clahe_tile_px": 32.0, "cut_info_bar": True}
+    preparation = Preparation(**{field.name: given.get(field.name) for field in dataclasses.fields(Preparation)})  # type: ignore[arg-type]
+    Segmenter(build_network("Unet", "resnet18", None).eval(), 0.5, SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
+    np.save(tmp_path / "example.npy", example)
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+import numpy as np
+from graincast.store.pyfunc import _load_pyfunc
+served = _load_pyfunc({str(tmp_path)!r})
+assert served.segmenter.preparation
+np.save("labels.npy", served.predict(np.load("example.npy")[None]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "labels.npy").shape == (1, 96, 96)
+
+
+# What the stages are made of
+
+
+COMMANDS = {
+    "virtual-sem": ["run_virtual_sem"], "simulate": ["run_simulate"], "ingest": ["run_ingest"], "train-translator": ["run_train_translator"],
+    "synthesise": ["run_synthesise"], "train-segmenter": ["run_train_segmenter"], "evaluate": ["run_evaluate", "masked_files"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_both_roads_depend_on_all_the_code_a_stage_runs(stage: str) -> None:
+    files = source_files(*COMMANDS[stage])
+    program = yaml.safe_load((SOURCES.parent / "dvc.yaml").read_text())["stages"]
+    assert program.keys() == COMMANDS.keys()
+    uncovered = [file for file in files if not any(Path(file).is_relative_to(dependency) for dependency in program[stage]["deps"])]
+    assert not uncovered
+
+
+def test_sources_follow_the_imports_of_functions_but_not_those_for_types() -> None:
+    segmenter = source_files("run_train_segmenter")
+    assert {"src/graincast/stages.py", "src/graincast/labels.py", "src/graincast/microscope/preparation.py"} <= set(segmenter)
+    assert "src/graincast/synthesise/cyclegan/train.py" not in segmenter
+    with pytest.raises(LookupError, match="run_nothing"):
+        source_files("run_nothing")

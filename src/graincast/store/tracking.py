@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
-import pandas as pd
 
 from graincast.errors import UserError
+from graincast.store.imageset import folder_digest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 EXPERIMENT = "graincast"
 MODEL = "graincast-segmenter"
 CHAMPION = "champion"
+DIGEST_TAG = "dvc.segmenter"
 
 REQUIREMENTS = (
-    "numpy", "scipy", "scikit-image", "safetensors", "segmentation-models-pytorch", "torch", "torchvision",
+    "numba", "numpy", "pillow", "safetensors", "scikit-image", "scipy", "segmentation-models-pytorch", "torch", "torchvision",
 )
 """Distributions that a served segmenter imports."""
 
@@ -101,11 +102,6 @@ def log(
 class MetricLog:
     """Loss curves of a training: the ``log`` callback that trainings take, sent to the active run in batches.
 
-    Attributes
-    ----------
-    table : pandas.DataFrame
-        Everything received so far, one row a step, the index named ``step``.
-
     Examples
     --------
     ``with MetricLog() as log: train_segmenter(training, validation, config, log=log)``
@@ -116,7 +112,6 @@ class MetricLog:
 
     def __init__(self) -> None:
         self._run_id = active_run_id()
-        self._rows: dict[int, dict[str, float]] = {}
         self._pending: list[Any] = []
         self._sent = time.monotonic()
 
@@ -124,15 +119,10 @@ class MetricLog:
         """Receive losses and metrics of one step."""
         from mlflow.entities import Metric
 
-        self._rows.setdefault(step, {}).update(metrics)
         now = _now()
         self._pending += [Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
         if len(self._pending) >= MAX_METRICS or time.monotonic() - self._sent > self.SECONDS:
             self._send()
-
-    @property
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame.from_dict(self._rows, orient="index").rename_axis("step").sort_index()
 
     def _send(self) -> None:
         from mlflow import MlflowClient
@@ -159,8 +149,11 @@ def git_commit(folder: Path) -> str | None:
         return None
 
 
-def register_segmenter(folder: Path, example: np.ndarray, tags: Mapping[str, str | None] | None = None) -> int:
-    """Log a segmenter in the active run and register it as the next ``graincast-segmenter``.
+def ensure_registered(folder: Path, example: np.ndarray, tags: Mapping[str, str | None] | None = None) -> int:
+    """Have a segmenter registered as a version of ``graincast-segmenter``.
+
+    The version whose tag ``dvc.segmenter`` is the folder's hash is kept where the registry has one; else the segmenter
+    is logged in the active run and becomes the next version.
 
     Parameters
     ----------
@@ -169,7 +162,7 @@ def register_segmenter(folder: Path, example: np.ndarray, tags: Mapping[str, str
     example : ndarray
         A prepared image, uint8 (height, width); a 64 x 64 corner of it is kept as the input example.
     tags : Mapping of str to str, optional
-        Tags of the version: DVC hash, git commit and the like; None is left out.
+        Further tags of a new version: git commit, hashes of the data and the like; None is left out.
 
     Returns
     -------
@@ -187,6 +180,10 @@ def register_segmenter(folder: Path, example: np.ndarray, tags: Mapping[str, str
     import graincast
 
     active_run_id()
+    client, digest = mlflow.MlflowClient(), folder_digest(folder)
+    known = client.search_model_versions(f"name = '{MODEL}' and tags.`{DIGEST_TAG}` = '{digest}'", max_results=1)
+    if known:
+        return int(known[0].version)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
         outputs=Schema([TensorSpec(np.dtype(np.int32), (-1, -1, -1))]),
@@ -200,9 +197,8 @@ def register_segmenter(folder: Path, example: np.ndarray, tags: Mapping[str, str
         input_example=example[None, :64, :64],
         pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
     )
-    client = mlflow.MlflowClient()
     version = mlflow.register_model(logged.model_uri, MODEL)
-    for name, value in (tags or {}).items():
+    for name, value in {**(tags or {}), DIGEST_TAG: digest}.items():
         if value is not None:
             client.set_model_version_tag(MODEL, version.version, name, value)
     return int(version.version)
