@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from graincast.errors import UserError
 from graincast.evaluate.overlay import overlay
 from graincast.measure.grains import measure_grains, summarise
-from graincast.microscope.reader import find_micrographs, read_micrograph
+from graincast.microscope.preparation import to_grey8
+from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.segment.segmenter import Segmenter
 
 
@@ -44,9 +45,9 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     segmenter : Segmenter
         With its preparation inside.
     sources : sequence of Path
-        Files, and folders that are searched recursively.
+        Files, and folders that are searched recursively, all but `out` where that lies within.
     out : Path
-        Folder for the results; made if absent. Files of the same name are replaced.
+        Folder for the results, other than the micrographs' own; made if absent. Files of the same name are replaced.
     pixel_size_um : float, optional
         Pixel size of files whose metadata has none, um.
 
@@ -58,9 +59,13 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     Raises
     ------
     UserError
-        If nothing is found, two files would write the same results, or `out` cannot be written.
+        If nothing is found, `out` is a source or a source file's folder (so that results never become micrographs), two
+        files would write the same results, or `out` cannot be written.
     """
-    files = [file for source in sources for file in find_micrographs(source)]
+    for source in sources:
+        if out.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+            raise UserError(f"results cannot go where the micrographs are, {out}; another folder would be right")
+    files = [file for source in sources for file in find_micrographs(source, exclude=out)]
     twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
     if twice:
         raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, "
@@ -72,7 +77,7 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
             try:
                 outcomes.append(Outcome(file, summary=_segment_file(segmenter, file, out, pixel_size_um)))
             except UserError as error:
-                outcomes.append(Outcome(file, refused=str(error)))
+                outcomes.append(Outcome(file, refused=reason(error, file)))
         _write_summary(out, outcomes)
     except OSError as error:
         raise UserError(f"results cannot be written to {out}: {error}") from error
@@ -81,17 +86,17 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
 
 def _segment_file(segmenter: Segmenter, file: Path, out: Path, pixel_size_um: float | None) -> dict[str, Any]:
     micrograph = read_micrograph(file)
-    pixel_size = micrograph.pixel_size_um or pixel_size_um
     labels = segmenter.segment_micrograph(micrograph, pixel_size_um)
+    assert segmenter.preparation is not None  # or it had not segmented
+    pixel_size = segmenter.preparation.pixel_size(micrograph, pixel_size_um)
     field = labels > 0
     grains = measure_grains(labels, pixel_size, field=field)
-    grey = np.rint(micrograph.image * 255).astype(np.uint8)
     stored = labels.astype(np.uint16 if labels.max() < 65536 else np.uint32)
     resolution: dict[str, Any] = {"resolution": (1e4 / pixel_size,) * 2, "resolutionunit": "CENTIMETER"} if pixel_size else {}
     with _whole_file(out / f"{file.stem}_labels.tif") as path:
         tifffile.imwrite(path, stored, compression="zlib", **resolution)
     with _whole_file(out / f"{file.stem}_overlay.png") as path:
-        iio.imwrite(path, overlay(grey, labels, field=field), extension=".png")
+        iio.imwrite(path, overlay(to_grey8(micrograph.image, field), labels, field=field), extension=".png")
     with _whole_file(out / f"{file.stem}_grains.csv") as path:
         grains.to_csv(path, index=False, float_format="%.6g")
     return {"pixel_size_um": pixel_size, **summarise(grains)}

@@ -69,14 +69,15 @@ class Segmenter:
         Raises
         ------
         UserError
-            If the segmenter carries no preparation, or the image shows nothing to tell its scale from.
+            If the segmenter carries no preparation, or that refuses the micrograph: too small, flat, saturated,
+            structureless, or of no suitable magnification.
         """
         if self.preparation is None:
             raise UserError("this segmenter was trained without micrographs and cannot prepare one; segment prepared images instead")
         try:
             image, scale, bar_row = self.preparation.prepare(micrograph, pixel_size_um)
         except ValueError as error:
-            raise UserError(f"the micrograph cannot be brought to the segmenter's scale: {error}") from error
+            raise UserError(str(error)) from error
         maps = predict_maps(self.network, image, self.config["precision"])
         field = (bar_row, micrograph.image.shape[1])
         full = np.stack([transform.resize(m, field, order=1, anti_aliasing=scale > 1) for m in maps])
