@@ -12,17 +12,23 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from scipy import ndimage as ndi
 
+from graincast.config import Evaluate
 from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
+from graincast.evaluate.evaluation import BASELINE, check_masks, evaluate, match_masks
 from graincast.evaluate.metrics import read_mask, score_grains, score_labels, score_particles
 from graincast.evaluate.overlay import BOTH, PREDICTED, TRUE, overlay
 from graincast.evaluate.realism import patch_entropies, realism
+from graincast.microscope.preparation import Preparation
+from graincast.segment.segmenter import Segmenter
+from graincast.store.imageset import ImageSetWriter
 
 SHARED = Path(__file__).parents[2] / "shared"
 FIELDS = SHARED / "data" / "single-fields"
@@ -296,11 +302,97 @@ def test_bad_masks_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.tif").write_text("no image")
     whole = iio.imwrite("<bytes>", np.eye(64, dtype=np.uint8) * 255, extension=".png")
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    tifffile.imwrite(tmp_path / "packed.tif", np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255, compression="zlib")
+    packed = (tmp_path / "packed.tif").read_bytes()
+    (tmp_path / "packed.tif").write_bytes(packed[:-200])
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((9, 9), np.uint16))
     iio.imwrite(tmp_path / "ones.png", np.eye(9, dtype=np.uint8))
-    for name in ("text.png", "text.tif", "cut.png", "deep.tif", "ones.png", "absent.png"):
-        with pytest.raises(UserError, match=name):
+    for name in ("text.png", "text.tif", "cut.png", "packed.tif", "deep.tif", "ones.png", "absent.png"):
+        with pytest.raises(UserError, match=name) as caught:
             read_mask(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def lay_out(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(folder / name, np.zeros((8, 9), np.uint8))
+
+
+def matched(micrographs: Path, masks: Path) -> list[tuple[str, str]]:
+    return [(image.relative_to(micrographs).as_posix(), mask.relative_to(masks).as_posix()) for image, mask in match_masks(micrographs, masks)]
+
+
+def test_masks_within_the_micrographs_folder_and_round_about(tmp_path: Path) -> None:
+    lay_out(tmp_path, "a.tif", "b.tif", "c.tif", "masks/a.png", "masks/b.png", "masks/d.png")
+    assert matched(tmp_path, tmp_path / "masks") == [("a.tif", "a.png"), ("b.tif", "b.png")]
+    lay_out(tmp_path / "other", "a.png", "images/a.png")
+    assert matched(tmp_path / "other" / "images", tmp_path / "other") == [("a.png", "a.png")]
+    assert match_masks(tmp_path / "a.tif", tmp_path / "masks") == [(tmp_path / "a.tif", tmp_path / "masks" / "a.png")]
+    with pytest.raises(UserError):
+        match_masks(tmp_path, tmp_path)
+
+
+def test_masks_of_equal_names_go_by_sub_folder(tmp_path: Path) -> None:
+    lay_out(tmp_path / "in", "1/a.tif", "2/a.tif", "2/b.tif")
+    lay_out(tmp_path / "masks", "1/a.png", "2/a.png", "b.png")
+    assert matched(tmp_path / "in", tmp_path / "masks") == [("1/a.tif", "1/a.png"), ("2/a.tif", "2/a.png"), ("2/b.tif", "b.png")]
+    lay_out(tmp_path / "flat", "a.png")
+    with pytest.raises(UserError, match=r"2 micrographs.*called 'a'"):
+        match_masks(tmp_path / "in", tmp_path / "flat")
+    lay_out(tmp_path / "twice", "b.png", "x/b.png")
+    with pytest.raises(UserError, match=r"2 masks.*called 'b'"):
+        match_masks(tmp_path / "in", tmp_path / "twice")
+
+
+def test_sizes_of_masks_are_checked_beforehand(tmp_path: Path) -> None:
+    lay_out(tmp_path, "a.tif", "a.png", "b.png")
+    (tmp_path / "broken.tif").write_text("no image")
+    check_masks([(tmp_path / "a.tif", tmp_path / "a.png"), (tmp_path / "broken.tif", tmp_path / "b.png")])
+    iio.imwrite(tmp_path / "b.png", np.zeros((9, 9), np.uint8))
+    with pytest.raises(UserError, match=r"b\.png has 9 x 9 px, but a\.tif has 9 x 8"):
+        check_masks([(tmp_path / "a.tif", tmp_path / "b.png")])
+
+
+# --- evaluation of files ---
+
+
+class DarkLines(torch.nn.Module):
+    """The simplest segmenter there is: what is darker than the mean is a boundary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.gain * torch.cat([-image - 0.5, image], dim=1)
+
+
+def test_masked_files_that_are_refused_are_skipped_and_told(tmp_path: Path) -> None:
+    preparation = Preparation(None, 1.0, 24.0, 0.01, 96.0, True, 64, 0.5, 0.01, None)
+    segmenter = Segmenter(DarkLines().eval(), 0.6, {"precision": "float32"}, preparation)
+    image, labels = drawn_micrograph(0)
+    with ImageSetWriter(tmp_path / "set", "synthetic") as writer:
+        writer.add(image, id="0", labels=labels)
+    for name, pixels in (("good", image), ("dim", image.astype(np.uint16) * 16), ("flat", np.full_like(image, 90))):
+        tifffile.imwrite(tmp_path / f"{name}.tif", pixels)
+    (tmp_path / "text.tif").write_text("no image")
+    iio.imwrite(tmp_path / "mask.png", (labels == 0).astype(np.uint8) * 255)
+    pairs = [(tmp_path / f"{name}.tif", tmp_path / "mask.png") for name in ("good", "dim", "flat", "text")]
+    result = evaluate(segmenter, writer.result, [0], writer.result, Evaluate(overlays=1), masked=pairs, masked_set="files")
+    scores = result.scores[result.scores.set == "files"].set_index(["method", "image"])
+    assert set(scores.index.get_level_values("image")) == {"good", "dim"}
+    baseline = scores.loc[BASELINE]
+    assert baseline.pq["dim"] == pytest.approx(baseline.pq["good"], abs=0.02)  # twelve bits in sixteen are no handicap
+    assert baseline.pq["good"] > 0.5
+    assert "no contrast" in result.skipped["flat"]
+    assert "cannot be read" in result.skipped["text"]
+    assert str(tmp_path) not in str(result.skipped)
+    with pytest.raises(UserError, match=r"none of the 2 micrographs.*flat: no contrast"):
+        evaluate(segmenter, writer.result, [0], writer.result, Evaluate(), masked=pairs[2:])
+    iio.imwrite(tmp_path / "mask.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(UserError, match=r"mask\.png has 8 x 8 px, but good\.tif"):
+        evaluate(segmenter, writer.result, [0], writer.result, Evaluate(), masked=pairs)
 
 
 # --- baseline ---

@@ -156,8 +156,9 @@ def read_mask(path: Path) -> np.ndarray:
     path = Path(path)
     try:
         image = tifffile.imread(path) if path.suffix.lower() in {".tif", ".tiff"} else iio.imread(path)
-    except (OSError, ValueError, IndexError, SyntaxError) as error:  # SyntaxError: Pillow on a broken PNG
-        raise UserError(f"{path} cannot be read as a mask image: {error}") from error
+    except Exception as error:  # decoders raise all sorts on damaged bytes: the file is at fault, not graincast
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read as a mask image: {cause}") from error
     mask = image[..., 0] if image.ndim == 3 else image
     if mask.ndim != 2 or mask.size == 0 or mask.dtype not in (np.uint8, bool):
         raise UserError(f"{path} is no mask: want one 8-bit image with 255 on the lines, "
