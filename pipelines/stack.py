@@ -46,16 +46,6 @@ def set_up() -> None:
     client.activate_stack(STACK)
 
 
-def dashboards() -> dict[str, str]:
-    """By the dashboard's name: the address where a server shows it, else the command that starts it here."""
-    store, uri = Client().zen_store, os.environ["MLFLOW_TRACKING_URI"]
-    mlflow_is_served = uri.startswith(("http://", "https://"))
-    return {
-        "MLflow dashboard": uri if mlflow_is_served else "source env.sh && mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI",
-        "ZenML dashboard": store.url if store.type == StoreType.REST else "source env.sh && zenml login --local",
-    }
-
-
 def _tracker() -> dict[str, str]:
     """The MLflow tracker's configuration, from MLflow's own variables."""
     uri = os.environ["MLFLOW_TRACKING_URI"]

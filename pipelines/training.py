@@ -32,13 +32,14 @@ def training_pipeline(config: dict[str, Any]) -> None:
         virtual = virtual_session(session.virtual)
         micrographs = ingest_virtual(settings.ingest, for_translator, virtual)
     else:
-        micrographs = ingest(settings.ingest, for_translator, session.folder, content_digest(Path(session.folder), "session.folder"))
+        content = content_digest(Path(session.folder), "session.folder")
+        micrographs = ingest(settings.ingest, for_translator, session.folder, session.masks, content)
     translator = train_translator(settings.translator, for_translator, micrographs)
     training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
-    segmenter, model_version = train_segmenter(settings.segmenter, training, validation, micrographs)
+    segmenter = train_segmenter(settings.segmenter, training, validation, micrographs)
     if session.folder is None:
         evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, training, validation, micrographs, virtual)
     else:
         masks = content_digest(Path(session.masks), "session.masks") if session.masks else ""
         evaluation = evaluate(settings.evaluate, session, segmenter, translator, training, validation, micrographs, masks)
-    report(settings.model_dump(), for_synthetic, micrographs, training, validation, translator, segmenter, model_version, evaluation)
+    report(settings.model_dump(), for_synthetic, micrographs, training, translator, segmenter, evaluation)

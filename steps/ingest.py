@@ -12,11 +12,11 @@ from steps.stage import output_folder, stage
 
 
 @stage("run_ingest")
-def ingest(config: Ingest, morphologies: ImageSet, folder: str, fingerprint: str) -> Annotated[ImageSet, "micrographs"]:
+def ingest(config: Ingest, morphologies: ImageSet, folder: str, masks: str | None, fingerprint: str) -> Annotated[ImageSet, "micrographs"]:
     """Micrographs of a folder of the user's; `fingerprint` is its content's, so that changed files are read again."""
     from graincast.stages import run_ingest
 
-    return run_ingest(config, Path(folder), morphologies, output_folder("micrographs"))
+    return run_ingest(config, Path(folder), morphologies, output_folder("micrographs"), Path(masks) if masks else None)
 
 
 @stage("run_ingest")

@@ -12,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 from zenml import get_step_context
 from zenml.client import Client
-from zenml.enums import ExecutionStatus
+from zenml.enums import ExecutionStatus, StoreType
 from zenml.models import StepRunResponse
 
 from graincast.report.figures import figures
@@ -26,15 +26,10 @@ from graincast.store.versioning import Artifact
 from steps.artifacts import ROOT
 from steps.stage import output_folder, run_tags, stage
 
-COMMANDS = {
-    "MLflow dashboard": "source env.sh && mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI",
-    "ZenML dashboard": "source env.sh && zenml login --local",
-}
-
 
 @stage(enable_cache=False)
-def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet, training: ImageSet, validation: ImageSet, translator: Artifact,
-           segmenter: Artifact, model_version: int, evaluation: Artifact) -> Annotated[Artifact, "report"]:
+def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet, training: ImageSet, translator: Artifact, segmenter: Artifact,
+           evaluation: Artifact) -> Annotated[Artifact, "report"]:
     """Report a run: HTML page, MLflow parent run, terminal table."""
     from graincast.stages import load_evaluation, load_history
 
@@ -42,7 +37,9 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
     tags = run_tags(**_hashes(steps))
     found, likeness = load_evaluation(evaluation.path)
     shown = _without_places(config)
-    mlflow_run, model = tracking.active_run_id(), f"models:/{tracking.MODEL}/{model_version}"
+    # a cached training may have registered its model with another MLflow server than today's
+    version = tracking.ensure_registered(segmenter.path, micrographs.image(0), tags)
+    mlflow_run, model = tracking.active_run_id(), f"models:/{tracking.MODEL}/{version}"
     inputs = ReportInputs(
         title="graincast training run",
         run={"MLflow run": mlflow_run, "model": model, **{name: tag for name, tag in tags.items() if tag}},
@@ -64,7 +61,10 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
     page = output_folder() / "report.html"
     tracking.log(params=shown, tags=tags, metrics=_metrics(inputs), figures=figures(inputs), files=[page])
     places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": model}
-    Console().print(summary_table(inputs, places, COMMANDS))
+    console = Console()
+    console.print(summary_table(inputs, places, _dashboards()))
+    for name, reason in found.skipped.items():
+        console.print(f"not scored, {name}: {reason}", markup=False)
     return Artifact(page.parent, "report")
 
 
@@ -93,3 +93,13 @@ def _metrics(inputs: ReportInputs) -> dict[str, float]:
     scores = {f"{set_}/{method}/{name}".replace(",", "").replace(" ", "_"): float(value)
               for (set_, method, name), value in means.items() if name in METRICS}
     return {**scores, **{f"realism/{name}": value for name, value in inputs.realism.items()}}
+
+
+def _dashboards() -> dict[str, str]:
+    """By the dashboard's name: the address where a server shows it, else the command that starts it here."""
+    store, uri = Client().zen_store, os.environ["MLFLOW_TRACKING_URI"]
+    mlflow_is_served = uri.startswith(("http://", "https://"))
+    return {
+        "MLflow dashboard": uri if mlflow_is_served else "source env.sh && mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI",
+        "ZenML dashboard": store.url if store.type == StoreType.REST else "source env.sh && zenml login --local",
+    }

@@ -12,9 +12,7 @@ from steps.stage import output_folder, run_tags, stage
 
 
 @stage("run_train_segmenter", child_run=True)
-def train_segmenter(
-    config: Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet
-) -> tuple[Annotated[Artifact, "segmenter"], Annotated[int, "model_version"]]:
+def train_segmenter(config: Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "segmenter"]:
     """A U-Net trained on the synthetic set; the next version of the registered model."""
     from graincast.stages import run_train_segmenter
 
@@ -22,6 +20,5 @@ def train_segmenter(
     tracking.log(params=config.model_dump(), tags=tags)
     with tracking.MetricLog() as log:
         folder = run_train_segmenter(config, training, validation, micrographs, output_folder("segmenter"), log)
-    artifact = Artifact(folder, "segmenter")
-    version = tracking.ensure_registered(folder, micrographs.image(0), tags)
-    return artifact, version
+    tracking.ensure_registered(folder, micrographs.image(0), tags)
+    return Artifact(folder, "segmenter")

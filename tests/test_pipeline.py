@@ -25,7 +25,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 TINY = {
     "session": {"folder": None, "masks": None, "virtual": {"micrographs": 2, "held_out": 1, "size": 256}},
-    "simulate": {"translator_structures": 2, "synthetic_structures": 3, "validation_structures": 1, "size": 128, "grains": 18, "steps": 300},
+    "simulate": {"translator_structures": 2, "synthetic_structures": 3, "validation_structures": 2, "size": 128, "grains": 18, "steps": 300},
     "ingest": {},
     "translator": {"steps": 4, "crop": 64, "filters": 8},
     "synthesise": {"min_fidelity": -1.0},
@@ -195,11 +195,27 @@ def test_ctrl_c_loses_nothing(checkout: Checkout, first_run):
     rest, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Traceback" not in seen + rest
-    assert not list((checkout.root / "runs").glob("*/train_translator/translator/*.partial*"))
     resumed = checkout.run(checkout.configure("long.yaml", simulate={"seed": 7}))
     assert resumed.returncode == 0, resumed.stdout
     statuses = checkout.steps()
     assert [name for name, status in statuses.items() if status == "cached"] == ["simulate", "virtual_session", "ingest_virtual"]
+
+
+def test_ctrl_c_leaves_no_half_written_set(checkout: Checkout):
+    process = checkout.start(f"exec {checkout.configure('many.yaml', simulate={'seed': 8, 'translator_structures': 5000})}")
+    deadline = time.monotonic() + 300
+    while not (partials := list((checkout.root / "runs").glob("*/simulate/**/.partial-*"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" not in shown
+    assert not [partial for partial in partials if partial.exists()]
+    assert not list(partials[0].parent.glob("*"))
+    resumed = checkout.run(checkout.configure("many.yaml", simulate={"seed": 8}))
+    assert resumed.returncode == 0, resumed.stdout
 
 
 def test_two_runs_at_once(checkout: Checkout, first_run):

@@ -200,7 +200,7 @@ def test_report_shows_every_section(document: str, inputs: ReportInputs) -> None
     text = Page(document).text
     assert inputs.title in text["top"]
     for section, words in {
-        "top": ["91 of 100 grains match", "better than the local", "1.25 µm", "1 refused", "1 dropped"],
+        "top": ["91 of 100 grains, true or found, match", "better than the local", "1.25 µm", "1 refused", "1 dropped"],
         "realism": ["intensity distance", "4.250", "1.500"],
         "segmentation": ["held-out synthetic", "real masks", "0.910", "local threshold", "field 0"],
         "grains": ["simulated truth", "predicted on micrographs", "1.250"],

@@ -128,7 +128,8 @@ def _stage_ingest(config: Config, data: Path) -> None:
     from graincast.store.imageset import ImageSet
 
     source = Path(config.session.folder) if config.session.folder else data / "session" / "micrographs"
-    run_ingest(config.ingest, source, ImageSet(data / "morphologies" / "translator"), data / "micrographs")
+    masks = Path(config.session.masks) if config.session.masks else None
+    run_ingest(config.ingest, source, ImageSet(data / "morphologies" / "translator"), data / "micrographs", masks)
 
 
 def _stage_train_translator(config: Config, data: Path) -> None:

@@ -44,9 +44,9 @@ def run_simulate(config: settings.Simulate, out: Path) -> dict[str, ImageSet]:
     return simulate_library(config, out)
 
 
-def run_ingest(config: settings.Ingest, source: Path, morphologies: ImageSet, out: Path) -> ImageSet:
-    """Prepared micrographs of `source`, a folder or a file, brought to the grain size of `morphologies`."""
-    return ingest(config, source, mean_grain_diameter(morphologies), out)
+def run_ingest(config: settings.Ingest, source: Path, morphologies: ImageSet, out: Path, masks: Path | None = None) -> ImageSet:
+    """Prepared micrographs of `source`, a folder or a file, brought to the grain size of `morphologies`; `masks` are left out."""
+    return ingest(config, source, mean_grain_diameter(morphologies), out, exclude=masks, parents={"morphologies": morphologies.digest})
 
 
 def run_train_translator(config: settings.Translator, morphologies: ImageSet, micrographs: ImageSet, out: Path, log: Log | None = None) -> Path:
@@ -89,7 +89,7 @@ def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validati
 
 def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, synthetic: Mapping[str, ImageSet], micrographs: ImageSet, out: Path, *,
                  images: Path | None = None, masks: Path | None = None, virtual: bool = False) -> Path:
-    """Figures in `out`: ``scores.csv``, ``grains.parquet``, ``realism.json`` and ``overlays/*.png``.
+    """Figures in `out`: ``scores.csv``, ``skipped.json``, ``grains.parquet``, ``realism.json`` and ``overlays/*.png``.
 
     `images` and `masks` are folders of micrograph files with masks of the same names, where there are any.
     """
@@ -102,6 +102,7 @@ def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, s
         result.scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
         result.grains.to_parquet(folder / "grains.parquet", index=False)
         (folder / "realism.json").write_text(json.dumps(likeness, indent=1))
+        (folder / "skipped.json").write_text(json.dumps(result.skipped, indent=1))
         (folder / "overlays").mkdir()
         captions = {f"{number:02d}.png": caption for number, caption in enumerate(result.overlays)}
         for file, caption in captions.items():
@@ -124,7 +125,7 @@ def load_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]]:
     captions = json.loads((folder / "overlays.json").read_text())
     overlays = {caption: iio.imread(folder / "overlays" / file) for file, caption in captions.items()}
     scores = pd.read_csv(folder / "scores.csv", dtype={"set": str, "method": str, "image": str}, keep_default_na=False, na_values=["", "nan"])
-    evaluation = Evaluation(scores, pd.read_parquet(folder / "grains.parquet"), overlays)
+    evaluation = Evaluation(scores, pd.read_parquet(folder / "grains.parquet"), overlays, json.loads((folder / "skipped.json").read_text()))
     return evaluation, json.loads((folder / "realism.json").read_text())
 
 

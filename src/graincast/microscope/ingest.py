@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from graincast.store.imageset import ImageSet, ImageSetWriter
 SAME_PIXEL_SIZE = 0.01  # relative spread below which pixel sizes count as one
 
 
-def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Path | str, exclude: Path | None = None) -> ImageSet:
+def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Path | str, exclude: Path | None = None,
+           parents: Mapping[str, str] | None = None) -> ImageSet:
     """Read, check and prepare every micrograph of a folder.
 
     Parameters
@@ -42,6 +44,8 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         Where the set is written.
     exclude : Path, optional
         A folder within `folder` that holds no micrographs of the session, such as that of the masks.
+    parents : mapping of str to str, optional
+        Digests of the sets that `grain_diameter_px` comes from, for the record.
 
     Returns
     -------
@@ -49,8 +53,8 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         Kind ``micrographs``, uint8; a row for every file. Beside the standard columns: ``scale``, what the original
         was (``original_height``, ``original_width``, ``original_pixel_size_um``, ``bit_depth``, ``bar_row``,
         ``grain_diameter_px`` as estimated, in its own pixels), ``source_sha256``, ``instrument`` (JSON) and the
-        descriptors of `graincast.microscope.quality.describe`, taken from the original without its info bar. ``info["preparation"]`` holds the
-        `Preparation`.
+        descriptors of `graincast.microscope.quality.describe`, taken from the original without its info bar.
+        ``info["preparation"]`` holds the `Preparation`.
 
     Raises
     ------
@@ -74,7 +78,7 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     surveys = [_survey(path, config, preparation) for path in tqdm(paths, "reading micrographs", disable=None)]
     target, scale = _choose(config, [s for s in surveys if s.refused is None], grain_diameter_px)
     preparation = replace(preparation, target_pixel_size_um=target, scale=scale)
-    with ImageSetWriter(out, "micrographs", config=config.model_dump()) as writer:
+    with ImageSetWriter(out, "micrographs", config=config.model_dump(), parents=parents) as writer:
         writer.info["preparation"] = preparation.to_dict()
         for path, name, survey in zip(tqdm(paths, "preparing micrographs", disable=None), names, surveys, strict=True):
             relative = path.relative_to(root)

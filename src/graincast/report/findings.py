@@ -103,7 +103,7 @@ def _agreement(scores: pd.DataFrame) -> str:
     if OURS not in rows.index or "ap50" not in rows:
         return "No image with a known truth was scored, so how well the grains are found is not known."
     ap50, images = float(rows["ap50"][OURS]), plural(int(rows["images"][OURS]), "image")
-    sentence = (f"On {images} of the set “{name}”, {100 * ap50:.0f} of 100 grains match the truth "
+    sentence = (f"On {images} of the set “{name}”, {100 * ap50:.0f} of 100 grains, true or found, match "
                 f"(AP50 {ap50:.2f})")
     others = rows["ap50"].drop(OURS).dropna()
     if len(others):
