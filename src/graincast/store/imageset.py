@@ -79,6 +79,10 @@ def content_digest(path: Path, key: str) -> str:
     raise UserError(f"{key}: '{path}' does not exist; an existing folder would be right")
 
 
+def _disk_is_full(error: OSError) -> bool:
+    return error.errno in DISK_FULL or str(error).endswith(" written")  # numpy's tofile says "N requested and M written" without errno
+
+
 class whole_folder:
     """Context manager that makes a folder appear under its name only when it is complete.
 
@@ -122,7 +126,7 @@ class whole_folder:
             raise self._unwritable(failure) from failure
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and _disk_is_full(error):
             raise self._unwritable(error) from error
 
     def _sync(self) -> None:
@@ -150,9 +154,9 @@ class whole_folder:
         return self.path.is_dir() and folder_digest(self.path) == folder_digest(self._partial)
 
     def _unwritable(self, error: OSError) -> UserError:
-        full = error.errno in DISK_FULL
+        full = _disk_is_full(error)
         remedy = "free some space and run again, finished stages are kept" if full else "a folder that you may write to would be right"
-        return UserError(f"{self.path} cannot be written: {error.strerror}; {remedy}")
+        return UserError(f"{self.path} cannot be written: {error.strerror or error}; {remedy}")
 
 
 class ImageSet:
