@@ -15,9 +15,9 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus, StoreType
 from zenml.models import StepRunResponse
 
-from graincast.report.figures import figures
-from graincast.report.findings import METRICS, summarise
-from graincast.report.html import build_report
+from graincast.evaluate.result import Evaluation
+from graincast.report.findings import METRICS
+from graincast.report.html import write_report
 from graincast.report.inputs import ReportInputs
 from graincast.report.terminal import summary_table
 from graincast.store import tracking
@@ -31,11 +31,9 @@ from steps.stage import output_folder, run_tags, stage
 def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet, training: ImageSet, translator: Artifact, segmenter: Artifact,
            evaluation: Artifact) -> Annotated[Artifact, "report"]:
     """Report a run: HTML page, MLflow parent run, terminal table."""
-    from graincast.stages import load_evaluation, load_history
-
     steps = Client().get_pipeline_run(get_step_context().pipeline_run.id).steps
     tags = run_tags(**_hashes(steps))
-    found, likeness = load_evaluation(evaluation.path)
+    found = Evaluation.load(evaluation.path)
     shown = _without_places(config)
     # a cached training may have registered its model with another MLflow server than today's
     version = tracking.ensure_registered(segmenter.path, micrographs.image(0), tags)
@@ -47,19 +45,18 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
         micrographs=micrographs,
         morphologies=morphologies,
         synthetic=training,
-        translator_history=_timed(load_history(translator.path), steps["train_translator"]),
-        segmenter_history=_timed(load_history(segmenter.path), steps["train_segmenter"]),
+        translator_history=_timed(translator, steps["train_translator"]),
+        segmenter_history=_timed(segmenter, steps["train_segmenter"]),
         scores=found.scores,
-        realism=likeness,
+        realism=json.loads((evaluation.path / "realism.json").read_text()),
         grains=found.grains,
         overlays=found.overlays,
         virtual=config["session"]["folder"] is None,
     )
     with whole_folder(output_folder()) as folder:
-        (folder / "report.html").write_text(build_report(inputs))
-        (folder / "summary.json").write_text(json.dumps(summarise(inputs), indent=1))
+        write_report(inputs, folder)
     page = output_folder() / "report.html"
-    tracking.log(params=shown, tags=tags, metrics=_metrics(inputs), figures=figures(inputs), files=[page])
+    tracking.log(params=shown, tags=tags, metrics=_metrics(inputs), files=[page, page.parent / "figures"])
     places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": model}
     console = Console()
     console.print(summary_table(inputs, places, _dashboards()))
@@ -80,8 +77,9 @@ def _hashes(steps: Mapping[str, StepRunResponse]) -> dict[str, str]:
     return {name: str(metadata["dvc_md5"]) for name, metadata in outputs if "dvc_md5" in metadata}
 
 
-def _timed(history: pd.DataFrame, training: StepRunResponse) -> pd.DataFrame:
-    """The history with how long the step took, where it ran now and does not come from the cache."""
+def _timed(model: Artifact, training: StepRunResponse) -> pd.DataFrame:
+    """The training's history, with how long the step took where it ran now and does not come from the cache."""
+    history = pd.read_csv(model.path / "history.csv")
     if training.status != ExecutionStatus.COMPLETED or not (training.start_time and training.end_time):
         return history
     return history.assign(seconds=(training.end_time - training.start_time).total_seconds())

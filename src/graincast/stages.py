@@ -18,7 +18,7 @@ import pandas as pd
 from graincast import config as settings
 from graincast.compute import Log
 from graincast.errors import UserError
-from graincast.evaluate.evaluation import Evaluation, evaluate, match_masks
+from graincast.evaluate.evaluation import evaluate, match_masks
 from graincast.evaluate.realism import realism
 from graincast.microscope.ingest import ingest
 from graincast.microscope.preparation import Preparation
@@ -31,7 +31,7 @@ from graincast.synthesise.cyclegan.train import CycleGAN, train_cyclegan
 from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
 
-HISTORY = "history.csv"
+HISTORY, REALISM = "history.csv", "realism.json"
 
 
 def run_virtual_sem(config: settings.VirtualSession, out: Path) -> Path:
@@ -99,15 +99,8 @@ def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, s
                       masked_set="virtual micrographs, held out" if virtual else "real micrographs")
     likeness = realism(list(micrographs), list(synthetic["training"]))
     with whole_folder(out) as folder:
-        result.scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
-        result.grains.to_parquet(folder / "grains.parquet", index=False)
-        (folder / "realism.json").write_text(json.dumps(likeness, indent=1))
-        (folder / "skipped.json").write_text(json.dumps(result.skipped, indent=1))
-        (folder / "overlays").mkdir()
-        captions = {f"{number:02d}.png": caption for number, caption in enumerate(result.overlays)}
-        for file, caption in captions.items():
-            iio.imwrite(folder / "overlays" / file, result.overlays[caption])
-        (folder / "overlays.json").write_text(json.dumps(captions, indent=1))
+        result.save(folder)
+        (folder / REALISM).write_text(json.dumps(likeness, indent=1))
     return out
 
 
@@ -118,20 +111,6 @@ def masked_files(session: settings.Session, virtual_session: Path | None) -> tup
         held_out = virtual_session / "held_out"
         return (held_out / "images", held_out / "masks") if session.virtual.held_out else (None, None)
     return Path(session.folder), Path(session.masks) if session.masks else None
-
-
-def load_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]]:
-    """What `run_evaluate` wrote: the evaluation and the realism figures."""
-    captions = json.loads((folder / "overlays.json").read_text())
-    overlays = {caption: iio.imread(folder / "overlays" / file) for file, caption in captions.items()}
-    scores = pd.read_csv(folder / "scores.csv", dtype={"set": str, "method": str, "image": str}, keep_default_na=False, na_values=["", "nan"])
-    evaluation = Evaluation(scores, pd.read_parquet(folder / "grains.parquet"), overlays, json.loads((folder / "skipped.json").read_text()))
-    return evaluation, json.loads((folder / "realism.json").read_text())
-
-
-def load_history(folder: Path) -> pd.DataFrame:
-    """A training's ``history.csv``: one row a step or epoch."""
-    return pd.read_csv(folder / HISTORY)
 
 
 class _History:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
 from graincast.evaluate.metrics import read_mask, score_grains
 from graincast.evaluate.overlay import overlay
+from graincast.evaluate.result import BASELINE, OURS, SYNTHETIC, Evaluation
 from graincast.measure.grains import measure_grains
 from graincast.microscope.preparation import to_grey8
 from graincast.microscope.reader import Micrograph, find_micrographs, read_micrograph, reason
@@ -26,31 +27,7 @@ if TYPE_CHECKING:
     from graincast.config import Evaluate
     from graincast.segment.segmenter import Segmenter
 
-OURS, BASELINE = "graincast", "local threshold"
-SYNTHETIC = "synthetic, held out"
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".jpg")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes
-    ----------
-    scores : pandas.DataFrame
-        One row a set, method and image: ``set, method, image`` and the metrics of `graincast.evaluate.metrics`.
-    grains : pandas.DataFrame
-        One row a grain: ``set, image, equivalent_diameter, unit`` (``um`` or ``px``).
-    overlays : dict of str to ndarray
-        Caption to RGB picture, uint8 (height, width, 3).
-    skipped : dict of str to str
-        Micrographs with masks that could not be read or prepared, and the reason.
-    """
-
-    scores: pd.DataFrame
-    grains: pd.DataFrame
-    overlays: dict[str, np.ndarray]
-    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

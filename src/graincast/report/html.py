@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
@@ -15,6 +17,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 
 from graincast.evaluate import overlay
 from graincast.report.figures import figures, to_png
@@ -30,6 +33,7 @@ from graincast.report.findings import (
     plural,
     realism_figures,
     source_name,
+    summarise,
     unit_label,
 )
 from graincast.report.inputs import ReportInputs
@@ -84,6 +88,17 @@ class Picture:
     chart: bool = False
 
 
+def write_report(inputs: ReportInputs, folder: Path) -> None:
+    """Write ``report.html``, its figures as ``figures/NAME.png`` and `summarise`'s ``summary.json`` into an existing folder."""
+    drawn = figures(inputs)
+    encoded = {name: to_png(figure) for name, figure in drawn.items()}
+    (folder / "report.html").write_text(_render(inputs, drawn, encoded), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summarise(inputs), indent=1))
+    (folder / "figures").mkdir()
+    for name, png in encoded.items():
+        (folder / "figures" / f"{name}.png").write_bytes(png)
+
+
 def build_report(inputs: ReportInputs) -> str:
     """Render a run as one HTML document.
 
@@ -97,6 +112,11 @@ def build_report(inputs: ReportInputs) -> str:
         The document. Styles and images are inside it, it has no script and fetches nothing; the same inputs
         and software versions give the same text.
     """
+    drawn = figures(inputs)
+    return _render(inputs, drawn, {name: to_png(figure) for name, figure in drawn.items()})
+
+
+def _render(inputs: ReportInputs, drawn: Mapping[str, Figure], encoded: Mapping[str, bytes]) -> str:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("graincast", "report"), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html").render(
@@ -105,7 +125,7 @@ def build_report(inputs: ReportInputs) -> str:
         micrograph=inputs.micrograph,
         headline=headline(inputs),
         tiles=_tiles(inputs),
-        pictures=_pictures(inputs),
+        pictures=_pictures(inputs, drawn, encoded),
         realism=_realism_table(inputs),
         scores=_score_tables(inputs.scores),
         metrics=[(metric.label, metric.meaning) for name, metric in METRICS.items() if name in inputs.scores],
@@ -147,12 +167,12 @@ def _tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
 # Pictures
 
 
-def _pictures(inputs: ReportInputs) -> dict[str, Picture]:
+def _pictures(inputs: ReportInputs, drawn: Mapping[str, Figure], encoded: Mapping[str, bytes]) -> dict[str, Picture]:
     captions = _captions(inputs.micrograph)
     pictures = {}
-    for name, figure in figures(inputs).items():
+    for name, figure in drawn.items():
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        source = _data_address(to_png(figure))
+        source = _data_address(encoded[name])
         pictures[name] = Picture(source, width, height, *captions[name], chart=name != "images")
     return pictures
 

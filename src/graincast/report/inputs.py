@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from graincast.evaluate.evaluation import OURS as OURS
+from graincast.evaluate.result import OURS as OURS
 from graincast.store.imageset import ImageSet
 
 

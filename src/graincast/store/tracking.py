@@ -20,8 +20,6 @@ from graincast.errors import UserError
 from graincast.store.imageset import folder_digest
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from graincast.segment.segmenter import Segmenter
 
 EXPERIMENT = "graincast"
@@ -61,7 +59,6 @@ def log(
     params: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str | None] | None = None,
-    figures: Mapping[str, Figure] | None = None,
     files: Iterable[Path] = (),
 ) -> None:
     """Add to the active run.
@@ -74,8 +71,6 @@ def log(
         Final figures; those that are NaN or infinite are left out.
     tags : Mapping of str to str, optional
         Digests, commits and the like; None is left out.
-    figures : Mapping of str to matplotlib Figure, optional
-        Pictures to keep as ``figures/NAME.png``.
     files : Iterable of Path, optional
         Files and folders to keep as artifacts under their own names.
     """
@@ -90,8 +85,6 @@ def log(
     for chunk in _chunks(entries, MAX_PARAMS):
         client.log_batch(run_id, params=chunk)
     client.log_batch(run_id, metrics=values, tags=labels)
-    for name, figure in (figures or {}).items():
-        mlflow.log_figure(figure, f"figures/{name}.png")
     for file in files:
         if file.is_dir():
             client.log_artifacts(run_id, str(file), file.name)
