@@ -25,7 +25,7 @@ from graincast.simulate.tessellation import regularised_voronoi
 from graincast.store.imageset import PARTIAL
 
 SMALL = Simulate(size=96, grains=14, steps=150, translator_structures=2, synthetic_structures=2,
-                 validation_structures=1)
+                 validation_structures=2)
 
 
 def variation(labels: np.ndarray) -> float:
@@ -223,10 +223,10 @@ def test_same_seed_same_bytes_and_other_index_other_structure() -> None:
 def test_library(tmp_path: Path) -> None:
     sets = simulate_library(SMALL, tmp_path / "morphologies")
     sizes = {name: len(one) for name, one in sets.items()}
-    assert sizes == {"translator": 2, "synthetic": 2, "validation": 1}
+    assert sizes == {"translator": 2, "synthetic": 2, "validation": 2}
     structures = [index for one in sets.values() for index in one.rows["structure"]]
-    assert structures == list(range(5))
-    assert len({row for one in sets.values() for row in one.rows["checksum"]}) == 5
+    assert structures == list(range(6))
+    assert len({row for one in sets.values() for row in one.rows["checksum"]}) == 6
     for one in sets.values():
         one.verify()
         assert (one.kind, one.info["config"]["grains"]) == ("morphologies", 14)
