@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
+from safetensors.torch import save_file
 from scipy import ndimage as ndi
 from skimage import measure, segmentation
 from torch import nn
@@ -202,3 +207,37 @@ def test_trains_where_only_the_numerical_libraries_are():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(64, 64)"
+
+
+class TestPretrainedWeights:
+    """Weights come from the hub's cache, or a clear sentence says that they cannot; a subprocess, as the hub reads its settings once."""
+
+    PROGRAM = """
+        from graincast.errors import UserError
+        from graincast.segment.network import build_network
+        try:
+            print(float(build_network("Unet", "resnet18", "imagenet").encoder.conv1.weight.mean()))
+        except UserError as error:
+            print("refused:", error)
+    """
+
+    def run(self, home: Path) -> str:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(self.PROGRAM)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_without_a_network_the_sentence_says_what_works(self, tmp_path):
+        assert "encoder_weights 'imagenet' cannot be built" in self.run(tmp_path)
+
+    def test_cached_weights_are_loaded(self, tmp_path):
+        source = smp.encoders.encoders["resnet18"]["pretrained_settings"]["imagenet"]
+        folder = tmp_path / "hub" / f"models--{source['repo_id'].replace('/', '--')}" / "snapshots" / source["revision"]
+        folder.mkdir(parents=True)
+        weights = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
+        weights["conv1.weight"] = torch.full_like(weights["conv1.weight"], 0.25)
+        save_file(weights, folder / "model.safetensors")
+        settings = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_space": "RGB", "input_range": [0, 1], "num_classes": 1000}
+        (folder / "config.json").write_text(json.dumps(settings))
+        # three colour channels become one by summing, as segmentation-models-pytorch does
+        assert float(self.run(tmp_path)) == pytest.approx(0.75)
