@@ -203,7 +203,8 @@ def test_ctrl_c_loses_nothing(checkout: Checkout, first_run):
     resumed = checkout.run(checkout.configure("long.yaml", simulate={"seed": 7}))
     assert resumed.returncode == 0, resumed.stdout
     statuses = checkout.steps()
-    assert [name for name, status in statuses.items() if status == "cached"] == ["simulate", "virtual_session", "ingest_virtual"]
+    # A set: of two steps that start together, either may be listed first.
+    assert {name for name, status in statuses.items() if status == "cached"} == {"simulate", "virtual_session", "ingest_virtual"}
 
 
 def test_ctrl_c_leaves_no_half_written_set(checkout: Checkout):
