@@ -20,9 +20,12 @@ from graincast.simulate.library import (
     simulate_library,
     simulate_structure,
 )
-from graincast.simulate.phase_field import TIME_STEP_BOUND, GrainGrowth, evolve
+from graincast.simulate.free_energy import ISOTROPIC, time_step_bound
+from graincast.simulate.phase_field import GrainGrowth, evolve
 from graincast.simulate.tessellation import regularised_voronoi
 from graincast.store.imageset import PARTIAL
+
+TIME_STEP_BOUND = time_step_bound(ISOTROPIC.kernel)
 
 SMALL = Simulate(size=96, grains=14, steps=150, translator_structures=2, synthetic_structures=2,
                  validation_structures=2)

@@ -1,94 +1,86 @@
 r"""Grain growth by a multi-order-parameter phase field, solved only where something happens.
 
-Every grain i has an order parameter :math:`\eta_i`, 1 inside the grain and 0 outside. The free energy [1]_
+The model, its stencils and its stability bound are in `graincast.simulate.free_energy`. Time goes in explicit Euler steps.
+On this grid a circular grain stays a circle and its area shrinks at a constant 0.95 of the sharp-interface rate
+:math:`2\pi L\kappa` (measured for radii from 140 to 15 px; 0.99 and 0.999 on grids two and three times finer), so
+boundaries are resolved well enough not to pin.
 
-.. math:: F = \int \sum_i \left(-\frac{\eta_i^2}{2} + \frac{\eta_i^4}{4}\right) + \sum_{i<j} \eta_i^2 \eta_j^2
-              + \frac{\kappa}{2} \sum_i |\nabla \eta_i|^2 \; dV
+**What is stored.** Each grain owns a box-shaped window just large enough for it, as in the bounding-box method [1]_, so no
+two grains ever share an order parameter and none can coalesce. Inside a window only *runs* are stepped: the stretches of a
+line of cells near the grain's boundary. Grain interiors and what lies further out are settled and skipped. That is the idea
+of active-parameter storage [2]_, [3]_, [4]_, with runs of cells, which a processor steps `LANES` at a time, in place of
+lists per cell. Windows and runs follow the grains every `INTERVAL`.
 
-falls along the Allen-Cahn equation :math:`\partial\eta_i/\partial t = -L\,\delta F/\delta\eta_i`. With
-:math:`\phi = \sum_i \eta_i^2`, :math:`\kappa = L = 1`, grid spacing 1 and periodic boundaries this is
-
-.. math:: \partial\eta_i/\partial t = \eta_i \, (1 + \eta_i^2 - 2\phi) + \nabla^2 \eta_i .
-
-**Space and time.** Explicit Euler, and the isotropic 9-point Laplacian (edges 4/6, corners 1/6, centre
--20/6), whose leading error does not depend on direction. The time step is bounded (see `TIME_STEP_BOUND`). On
-this grid a circular grain stays a circle and its area shrinks at a constant 0.95 of the sharp-interface rate
-:math:`2\pi L\kappa` (measured for radii from 140 to 15 px; 0.99 and 0.999 on grids two and three times
-finer), so boundaries are resolved well enough not to pin.
-
-**What is stored.** Each grain owns a rectangular window just large enough for it, as in the bounding-box
-method [2]_, so no two grains ever share an order parameter and none can coalesce. Inside a window only *runs*
-are stepped: the stretches of a row near the grain's boundary. Grain interiors and what lies further out are
-settled and skipped. That is the idea of active-parameter storage [3]_, [4]_, [5]_, with runs of cells, which
-a processor steps many at a time, in place of lists per cell. Windows and runs follow the grains every
-`INTERVAL` steps.
-
-**Memory order.** The window rows that lie on one image row are neighbours in memory, so that a step streams
-through it. Each image row's :math:`\phi` and then its new values come from the old buffer and go to the spare
-one. One structure keeps one core busy; the solver holds no Python lock meanwhile, so several structures run
-on several threads.
+**Order in memory and time.** The window lines that lie on one line of the field are neighbours in memory. A step of a line
+takes its neighbours from the old buffer and writes to the spare one, so lines may be stepped in any order in which no line
+runs ahead of its neighbours by more than one step. The field is therefore cut into blocks that stay in a core's cache for
+`TILE` steps, each step one line less at either end; then the gaps between the blocks are filled in the same way ("split
+tiling" [5]_). Blocks of one phase do not depend on each other, which is how threads share a structure: twice in `TILE`
+steps they wait for each other. Every number comes out of the same operations in the same order whatever their number.
 
 References
 ----------
-.. [1] L.-Q. Chen, W. Yang, Phys. Rev. B 50 (1994) 15752, doi:10.1103/PhysRevB.50.15752.
-.. [2] L. Vanherpe, N. Moelans, B. Blanpain, S. Vandewalle, Phys. Rev. E 76 (2007) 056702,
+.. [1] L. Vanherpe, N. Moelans, B. Blanpain, S. Vandewalle, Phys. Rev. E 76 (2007) 056702,
    doi:10.1103/PhysRevE.76.056702.
-.. [3] S. Vedantam, B. S. V. Patnaik, Phys. Rev. E 73 (2006) 016703, doi:10.1103/PhysRevE.73.016703.
-.. [4] J. Gruber, N. Ma, Y. Wang, A. D. Rollett, G. S. Rohrer, Modelling Simul. Mater. Sci. Eng. 14 (2006)
-   1189, doi:10.1088/0965-0393/14/7/007.
-.. [5] S. G. Kim, D. I. Kim, W. T. Kim, Y. B. Park, Phys. Rev. E 74 (2006) 061605,
-   doi:10.1103/PhysRevE.74.061605.
+.. [2] S. Vedantam, B. S. V. Patnaik, Phys. Rev. E 73 (2006) 016703, doi:10.1103/PhysRevE.73.016703.
+.. [3] J. Gruber, N. Ma, Y. Wang, A. D. Rollett, G. S. Rohrer, Modelling Simul. Mater. Sci. Eng. 14 (2006) 1189,
+   doi:10.1088/0965-0393/14/7/007.
+.. [4] S. G. Kim, D. I. Kim, W. T. Kim, Y. B. Park, Phys. Rev. E 74 (2006) 061605, doi:10.1103/PhysRevE.74.061605.
+.. [5] T. Henretty, R. Veras, F. Franchetti, L.-N. Pouchet, J. Ramanujam, P. Sadayappan, Proc. ICS (2013) 13,
+   doi:10.1145/2464996.2467268.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from graincast.errors import UserError
+from graincast.simulate.free_energy import ISOTROPIC, VOLUME_KERNEL, Stencil, check_time_step
+from graincast.simulate.simd import LANES, load, splat, store
 
-TIME_STEP_BOUND = 3 / 16
-"""Largest stable time step, in units of 1/L.
+SETTLED = np.float32(0.02)
+"""A cell is settled when its order parameter is this near to 0 or 1, and so are its neighbours within `MARGIN`."""
 
-With the Laplacian's centre weight c = 10/3 an Euler step maps every state with phi <= 1 and eta >= 0 to such
-a state if dt <= 1/(c + 2) = 3/16. On that set the Hessian of the energy is at most 16/3 (Laplacian) + 5
-(bulk), so the energy cannot rise for dt <= 2/(16/3 + 5) = 0.194 either: 3/16 is the tighter of the two.
-"""
+MARGIN = 4
+"""Width of the settled rim that is stepped all the same, px. Tails fall by a factor e per px, so what the solver leaves
+out is below 4e-4 of the order parameter, and in phi, where it comes in squared, below 2e-7."""
 
-SETTLED = np.float32(0.01)
-"""A cell is settled when its order parameter is this near to 0 or 1, and so are its neighbours within
-`MARGIN`."""
+INTERVAL = 3.2
+"""Time between two updates of windows and runs, in units of 1/L; a boundary moves by a fraction of a pixel in between."""
 
-MARGIN = 5
-"""Width of the settled rim that is stepped all the same, px. Tails fall by a factor e per px, so what the
-solver leaves out is below 1e-4 of the order parameter."""
-
-INTERVAL = 16
-"""Steps between two updates of windows and runs; a boundary moves by a fraction of a pixel in between."""
+TILE = 8
+"""Steps that a block of lines takes while it is in the cache."""
 
 WORTH_SKIPPING = 16
 """Settled cells in a row, from which on leaving them out saves time."""
 
-LANES = 8
-"""Runs are lengthened to a multiple of as many cells as a processor steps at a time, which saves it the odd
-rest."""
+NARROWEST = LANES
+"""Smallest extent of a field along x, px."""
 
-WINDOW = np.dtype([(name, np.int64) for name in ("top", "left", "rows", "columns", "row")])
-"""A grain's window: image position of its first cell, size, and the place of its first row in tables of
-window rows. In memory a row has one more cell at either end, 0 or, where the window is as wide as the field,
-an echo of the cell at the other end."""
+WINDOW = np.dtype([(name, np.int64) for name in ("front", "layers", "top", "rows", "left", "columns", "line")])
+"""A grain's window: field position of its first cell, size, and the place of its first line in tables of window lines.
+In memory a line has one more cell at either end, 0 or, where the window is as wide as the field, an echo of the cell at the
+other end."""
 
-RUN = np.dtype([(name, np.int64) for name in ("cell", "above", "below", "column", "length")])
-"""Neighbouring cells of a window row that are stepped: the first of them, the cells above and below it, its
-image column, their number. Without cells above and below (`NOWHERE`) it is a run settled at 1, which counts
-in phi only."""
+CELL, COLUMN, LENGTH, AROUND = 0, 1, 2, 3
+"""A run, a row of integers: place in memory and field column of its first cell, number of cells, then the places of the
+cells beside its first cell on the neighbouring lines (two in a plane, eight in a volume)."""
 
-NOWHERE = -1
-ZEROS = 1  # place in memory of a row of zeros
+STEPPED, SOLID, ECHOED = range(3)
+"""Kinds of runs: cells to step; cells settled at 1, which count in phi only; lines whose ends are to be echoed."""
+
+PLANE = np.array([(0, -1), (0, 1)])
+VOLUME = np.array([(0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)])
+"""Neighbouring lines: how many layers and rows further; in a volume first those that share a face."""
+
+ZEROS = LANES  # place in memory of a line of zeros
 FAR = 1 << 30  # stands for a column beyond every other
-ONE, TWO = np.float32(1), np.float32(2)  # a literal would lift the arithmetic to float64
+ONE = np.float32(1)  # a literal would lift the arithmetic to float64
 
 
 class Evolution(NamedTuple):
@@ -106,17 +98,19 @@ class Evolution(NamedTuple):
     labels: np.ndarray
 
 
-def evolve(labels: np.ndarray, steps: int, time_step: float) -> Evolution:
+def evolve(labels: np.ndarray, steps: int, time_step: float, threads: int = 1) -> Evolution:
     """Let a grain structure grow.
 
     Parameters
     ----------
     labels : numpy.ndarray
-        Dense grain ids 1..N, (height, width), integer, periodic.
+        Dense grain ids 1..N, (height, width) or (depth, height, width), integer, periodic.
     steps : int
         Number of time steps.
     time_step : float
-        Time step in units of 1/L, at most `TIME_STEP_BOUND`.
+        Time step in units of 1/L, at most 3/16 (volumes: 1/6).
+    threads : int, optional
+        Processors to share the work; the result does not depend on it.
 
     Returns
     -------
@@ -135,7 +129,7 @@ def evolve(labels: np.ndarray, steps: int, time_step: float) -> Evolution:
     >>> bool((labels == start).all()), bool(0.6 < phi.min() < 0.7), round(float(phi.max()), 3)
     (True, True, 1.0)
     """
-    growth = GrainGrowth(labels, time_step)
+    growth = GrainGrowth(labels, time_step, threads=threads)
     growth.advance(steps)
     return Evolution(growth.picture(), growth.labels())
 
@@ -146,9 +140,17 @@ class GrainGrowth:
     Parameters
     ----------
     labels : numpy.ndarray
-        Dense grain ids 1..N at the start, (height, width), integer, periodic; the boundaries are sharp.
+        Dense grain ids 1..N at the start, (height, width) or (depth, height, width), integer, periodic; the boundaries are
+        sharp. At least `NARROWEST` px wide.
     time_step : float
-        Time step in units of 1/L, at most `TIME_STEP_BOUND`.
+        Time step in units of 1/L, at most `graincast.simulate.free_energy.time_step_bound`.
+    stencil : Stencil, optional
+        Weights of div(K grad eta); of planes only, volumes are isotropic.
+    obstacles : numpy.ndarray, optional
+        Energy density that obstacles add to an order parameter of 1, of the labels' shape, float, 0 to
+        `graincast.simulate.free_energy.OBSTACLE`. None: no obstacles.
+    threads : int, optional
+        Processors to share the work; the result does not depend on it.
 
     Raises
     ------
@@ -156,29 +158,48 @@ class GrainGrowth:
         If the time step is unstable.
     """
 
-    def __init__(self, labels: np.ndarray, time_step: float) -> None:
-        if not 0 < time_step <= TIME_STEP_BOUND:
-            raise UserError(f"simulate.time_step: {time_step:g} is not stable, the explicit scheme needs a "
-                            f"time step above 0 and at most {TIME_STEP_BOUND:g} (in units of 1/L)")
-        if labels.ndim != 2 or labels.min() < 1:
-            raise ValueError("want a 2-D map of grain ids 1..N without gaps")
+    def __init__(self, labels: np.ndarray, time_step: float, *, stencil: Stencil = ISOTROPIC, obstacles: np.ndarray | None = None,
+                 threads: int = 1) -> None:
+        if labels.ndim not in (2, 3) or labels.min() < 1 or labels.shape[-1] < NARROWEST:
+            raise ValueError(f"want a map of grain ids 1..N without gaps, (height, width) or (depth, height, width), at least {NARROWEST} px wide")
+        if labels.ndim == 3 and stencil != ISOTROPIC:
+            raise ValueError("volumes are isotropic")
+        self._kernel = stencil.kernel if labels.ndim == 2 else VOLUME_KERNEL
+        check_time_step(time_step, self._kernel, obstacles is not None)
         self.shape = labels.shape
         self.grains = int(labels.max())
         self.time_step = time_step
-        self._windows = _first_windows(labels)
-        self._rows, size = _lay_out(self._windows, *self.shape)
-        self._cells = np.zeros(size, np.float32)
-        self._spare = np.empty_like(self._cells)
-        _fill(self._cells, self._windows, self._rows, labels.astype(np.int32))
+        self.threads = threads
+        self._step = 0
+        self._volume = labels.shape if labels.ndim == 3 else (1, *labels.shape)
+        self._around = PLANE if labels.ndim == 2 else VOLUME
+        keep = 1 + time_step * (1 + self._kernel[(1,) * labels.ndim])
+        neighbours = stencil if labels.ndim == 2 else (VOLUME_KERNEL[1, 1, 0], VOLUME_KERNEL[1, 0, 0])
+        self._weights = np.array([keep, time_step, *(time_step * weight for weight in neighbours)], np.float32)
+        lines = self._volume[0] * self._volume[1]
+        self._obstacles = np.zeros((0, 0), np.float32) if obstacles is None else np.ascontiguousarray(obstacles, np.float32).reshape(lines, -1)
+        self._windows = _first_windows(labels.reshape(self._volume))
+        self._places, size = _lay_out(self._windows, self._volume)
+        self._cells = _aligned(size)
+        self._cells[:] = 0
+        self._spare = _aligned(size)
+        _fill(self._cells, self._windows, self._places, labels.reshape(self._volume).astype(np.int32))
 
     def advance(self, steps: int) -> None:
         """Take `steps` time steps."""
-        for done in range(0, steps, INTERVAL):
-            count = min(INTERVAL, steps - done)
-            runs, starts, echoes = self._follow()
-            _advance(self._cells, self._spare, runs, starts, echoes, self.shape[1], self.time_step, count)
-            if count % 2:
-                self._cells, self._spare = self._spare, self._cells
+        last = self._step + steps
+        with ThreadPoolExecutor(self.threads) as pool:
+            share = pool.map if self.threads > 1 else map
+            while self._step < last:
+                until = min(last, self._step + self._interval())
+                runs, bounds, overhangs = self._follow(share)
+                while self._step < until:
+                    self._march(min(TILE, until - self._step), runs, bounds, overhangs, share)
+
+    def _interval(self) -> int:
+        """Steps until windows and runs are next updated: few while the sharp boundaries of the start spread."""
+        time = self._step * self.time_step
+        return max(1, int(min(INTERVAL, max(INTERVAL / 8, time)) / self.time_step))
 
     def picture(self, weights: np.ndarray | None = None) -> np.ndarray:
         """Sum of the squared order parameters, each times its grain's weight.
@@ -191,50 +212,95 @@ class GrainGrowth:
         Returns
         -------
         numpy.ndarray
-            (height, width), float32.
+            Of the field's shape, float32.
         """
         if weights is None:
             weights = np.ones(self.grains)
-        return _project(self._cells, self._windows, self._rows, weights.astype(np.float32), *self.shape)[0]
+        return _project(self._cells, self._windows, self._places, weights.astype(np.float32), self._volume)[0].reshape(self.shape)
 
     def labels(self) -> np.ndarray:
-        """Id of the largest order parameter of every cell, (height, width), int32."""
+        """Id of the largest order parameter of every cell, of the field's shape, int32."""
         weights = np.ones(self.grains, np.float32)
-        return _project(self._cells, self._windows, self._rows, weights, *self.shape)[1]
+        return _project(self._cells, self._windows, self._places, weights, self._volume)[1].reshape(self.shape)
 
     def energy(self) -> float:
-        """Free energy above that of one endless grain, in units of the bulk energy density times px^2."""
+        """Free energy above that of one endless grain, in units of the bulk energy density times px^2 (px^3)."""
         phi = self.picture().astype(float)
-        own = _own_energy(self._cells, self._windows, self._rows, *self.shape)
-        return float((0.25 - phi / 2 + phi**2 / 2).sum() - own)
+        kernel = self._kernel.reshape(-1, 3, 3)
+        middle = len(kernel) // 2
+        others = kernel[middle + self._around[:, 0], 1 + self._around[:, 1]]
+        own = _own_energy(self._cells, self._windows, self._places, self._volume, self._around, kernel[middle, 1], others)
+        hindered = (phi * self._obstacles.reshape(phi.shape)).sum() if self._obstacles.size else 0.0
+        return float((0.25 - phi / 2 + phi**2 / 2).sum() - own + hindered)
 
-    def _follow(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fit the windows to where the grains are now; return the runs to step, in the order of the image
-        rows, where each image row's runs start, and the cells to echo."""
-        windows = _fitted(self._windows, _extents(self._cells, self._windows, self._rows), self.shape)
-        rows, size = _lay_out(windows, *self.shape)
-        cells = self._spare if size <= self._spare.size else np.empty(size + size // 4, np.float32)
+    @property
+    def stepped(self) -> int:
+        """Order parameters that each time step computes, as the grains lie now: cells times grains there."""
+        runs, bounds, _ = self._follow(map)
+        return sum(int(runs[first:end, LENGTH].sum()) for first, end in zip(bounds[STEPPED::3], bounds[SOLID::3], strict=False))
+
+    def _follow(self, share: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fit the windows to where the grains are now; return the table of runs (see `_find_runs`)."""
+        extents = np.concatenate(list(share(lambda part: _extents(self._cells, self._windows[part], self._places), self._parts())))
+        windows = _fitted(self._windows, extents, self._volume)
+        places, size = _lay_out(windows, self._volume)
+        cells = self._spare if size <= self._spare.size else _aligned(size + size // 4)
         cells[:size] = 0
-        _move(self._cells, self._windows, self._rows, cells, windows, rows, *self.shape)
-        echoes = _find_echoes(windows, rows, self.shape[1])
-        _echo(cells, echoes)
-        spare = self._cells if self._cells.size == cells.size else np.empty_like(cells)
-        self._cells, self._spare = cells, spare
-        self._spare[:size] = cells[:size]
-        self._windows, self._rows = windows, rows
-        spans = _find_spans(cells, windows, rows, *self.shape)
-        return *_find_runs(windows, rows, spans, *self.shape), echoes
+        list(share(lambda part: _move(self._cells, self._windows[part], self._places, cells, windows[part], places, self._volume), self._parts()))
+        spare = self._cells if self._cells.size == cells.size else _aligned(cells.size)
+        self._cells, self._spare, self._windows, self._places = cells, spare, windows, places
+        spans = np.concatenate(list(share(lambda part: _find_spans(cells, windows[part], places, self._volume), self._parts())))
+        runs, bounds, overhangs = _find_runs(windows, places, spans, self._volume, self._around)
+        _echo(cells, runs, bounds, self._volume[2])
+        spare[:size] = cells[:size]
+        return runs, bounds, overhangs
+
+    def _parts(self) -> list[slice]:
+        """The grains in as many parts as there are threads, of about equally many window lines."""
+        lines = np.cumsum(self._windows["layers"] * self._windows["rows"])
+        cuts = [0, *(int(np.searchsorted(lines, lines[-1] * k / self.threads)) for k in range(1, self.threads)), self.grains]
+        return [slice(first, end) for first, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+    def _march(self, steps: int, runs: np.ndarray, bounds: np.ndarray, overhangs: np.ndarray, share: Callable[..., Any]) -> None:
+        """Take up to `TILE` steps, in blocks of lines (of layers in volumes)."""
+        depth, height, _ = self._volume
+        slabs, thickness = (height, 1) if depth == 1 else (depth, height)
+        blocks = max(slabs // (2 * TILE), 1)
+        edges = np.arange(blocks + 1) * slabs // blocks
+        shrinks = blocks > 1 or slabs >= 2 * TILE
+
+        def march(first: np.ndarray, end: np.ndarray, growth: int) -> None:
+            def some(part: slice) -> None:
+                _march(self._cells, self._spare, self._obstacles, self._weights, runs, bounds, overhangs, self._volume[2],
+                       first[part], end[part], growth, thickness, steps)
+
+            cuts = [blocks * k // self.threads for k in range(self.threads + 1)]
+            list(share(some, [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]))
+
+        if shrinks:
+            march(edges[:-1], edges[1:], -1)
+            march(edges[:-1], edges[:-1], 1)
+        else:
+            march(edges[:-1], edges[1:], 0)
+        if steps % 2:
+            self._cells, self._spare = self._spare, self._cells
+        self._step += steps
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Room for `size` float32 numbers, of which every `LANES` begin on a cache line of their own."""
+    unit = 64 // 4
+    room = np.empty(size + unit, np.float32)
+    skip = -(room.ctypes.data // 4) % unit
+    return room[skip:skip + size]
 
 
 def _first_windows(labels: np.ndarray) -> np.ndarray:
     """Windows just around the grains of a dense map."""
-    grains = int(labels.max())
-    windows = np.zeros(grains, WINDOW)
-    for axis, (start, length) in enumerate((("top", "rows"), ("left", "columns"))):
+    windows = np.zeros(int(labels.max()), WINDOW)
+    for axis, (start, length) in enumerate((("front", "layers"), ("top", "rows"), ("left", "columns"))):
         size = labels.shape[axis]
-        occupied = np.zeros((grains, size), bool)
-        occupied[labels - 1, np.arange(size).reshape((-1, 1) if axis == 0 else (1, -1))] = True
-        for grain, line in enumerate(occupied):
+        for grain, line in enumerate(_occupied(labels, windows.size, axis)):
             places = np.flatnonzero(line)
             if places.size:
                 gaps = np.diff(places, append=places[0] + size)
@@ -244,79 +310,115 @@ def _first_windows(labels: np.ndarray) -> np.ndarray:
     return windows
 
 
-def _fitted(windows: np.ndarray, extents: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Windows (n,) that hold the `extents` (n, 4: first and last row, first and last column) and a margin."""
+@numba.njit(cache=True, nogil=True)
+def _occupied(labels: np.ndarray, grains: int, axis: int) -> np.ndarray:
+    """Whether a grain has cells at a position along an axis, (grains, size of the axis)."""
+    occupied = np.zeros((grains, labels.shape[axis]), np.bool_)
+    for z in range(labels.shape[0]):
+        for y in range(labels.shape[1]):
+            for x in range(labels.shape[2]):
+                occupied[labels[z, y, x] - 1, z if axis == 0 else y if axis == 1 else x] = True
+    return occupied
+
+
+def _fitted(windows: np.ndarray, extents: np.ndarray, volume: tuple[int, ...]) -> np.ndarray:
+    """Windows (n,) that hold the `extents` (n, 6: first and last layer, row and column) and a margin."""
     fitted = windows.copy()
-    for axis, (start, length) in enumerate((("top", "rows"), ("left", "columns"))):
+    vanished = extents[:, 1] < extents[:, 0]
+    for axis, (start, length) in enumerate((("front", "layers"), ("top", "rows"), ("left", "columns"))):
+        size = volume[axis]
         first, last = extents[:, 2 * axis], extents[:, 2 * axis + 1]
-        needed = last - first + 1 + 2 * MARGIN
-        wraps = (windows[length] == shape[axis]) | (needed >= shape[axis])
-        fitted[start] = np.where(wraps, windows[start], windows[start] + first - MARGIN) % shape[axis]
-        fitted[length] = np.where(last < first, 0, np.where(wraps, shape[axis], needed))
+        unit = LANES if length == "columns" else 1
+        begin = (windows[start] + first - MARGIN) // unit * unit
+        needed = -(-(windows[start] + last + 1 + MARGIN - begin) // unit) * unit
+        wraps = (windows[length] == size) | (needed >= size)
+        fitted[start] = np.where(wraps, windows[start], begin) % size
+        fitted[length] = np.where(vanished, 0, np.where(wraps, size, needed))
     return fitted
 
 
 @numba.njit(cache=True, nogil=True)
-def _lay_out(windows: np.ndarray, height: int, width: int) -> tuple[np.ndarray, int]:
-    """Give every window row its place in memory, image row by image row; return the places and the memory's
+def _lay_out(windows: np.ndarray, volume: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """Give every window line its place in memory, in the order of the field's lines; return the places and the memory's
     size.
 
-    Ahead of all lies a row of zeros, which serves as neighbour of every window's first and last row.
+    Ahead of all lies a line of zeros, which serves as neighbour of every window's first and last line.
     """
+    depth, height, width = volume
     total = 0
-    ends = np.zeros(height + 1, np.int64)
-    for grain in range(windows.size):
-        windows[grain].row = total
-        total += windows[grain].rows
-        for r in range(windows[grain].rows):
-            ends[(windows[grain].top + r) % height + 1] += windows[grain].columns + 2
-    ends[0] = width + 2
+    ends = np.zeros(depth * height + 1, np.int64)
+    for window in windows:
+        window.line = total
+        total += window.layers * window.rows
+        for k in range(window.layers):
+            for r in range(window.rows):
+                ends[_field_line(window, k, r, depth, height) + 1] += _stride(window.columns)
+    ends[0] = _stride(width)
     ends = np.cumsum(ends)
-    rows = np.empty(total, np.int64)
-    for grain in range(windows.size):
-        window = windows[grain]
-        for r in range(window.rows):
-            y = (window.top + r) % height
-            rows[window.row + r] = ends[y] + 1
-            ends[y] += window.columns + 2
-    return rows, ends[height - 1]
+    places = np.empty(total, np.int64)
+    for window in windows:
+        for k in range(window.layers):
+            for r in range(window.rows):
+                line = _field_line(window, k, r, depth, height)
+                places[window.line + k * window.rows + r] = ends[line] + LANES
+                ends[line] += _stride(window.columns)
+    return places, ends[-2] + LANES
 
 
 @numba.njit(cache=True, nogil=True)
-def _neighbours(window: Any, rows: np.ndarray, r: int, height: int) -> tuple[int, int]:
-    """Places of the rows above and below row `r` of a window."""
-    wraps = window.rows == height
-    above = rows[window.row + (r - 1) % height] if r > 0 or wraps else ZEROS
-    below = rows[window.row + (r + 1) % height] if r + 1 < window.rows or wraps else ZEROS
-    return above, below
+def _stride(columns: int) -> int:
+    """Cells that a window line takes up, those between it and the one before included."""
+    return LANES + -(-columns // LANES) * LANES
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> None:
+def _field_line(window: Any, layer: int, row: int, depth: int, height: int) -> int:
+    """The line of the field on which a line of a window lies."""
+    return (window.front + layer) % depth * height + (window.top + row) % height
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(window: Any, places: np.ndarray, layer: int, row: int, depth: int, height: int) -> int:
+    """Place in memory of a window's line, of zeros beyond the window; round where it is as large as the field."""
+    if window.layers == depth:
+        layer %= depth
+    if window.rows == height:
+        row %= height
+    if 0 <= layer < window.layers and 0 <= row < window.rows:
+        return places[window.line + layer * window.rows + row]
+    return ZEROS
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> None:
     """Set each grain to 1 where the dense map shows it."""
-    height, width = labels.shape
+    depth, height, width = labels.shape
     for grain in range(windows.size):
         window = windows[grain]
-        for r in range(window.rows):
-            for c in range(window.columns):
-                if labels[(window.top + r) % height, (window.left + c) % width] == grain + 1:
-                    cells[rows[window.row + r] + c] = 1
+        for k in range(window.layers):
+            for r in range(window.rows):
+                place = places[window.line + k * window.rows + r]
+                for c in range(window.columns):
+                    if labels[(window.front + k) % depth, (window.top + r) % height, (window.left + c) % width] == grain + 1:
+                        cells[place + c] = 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _extents(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """First and last row and column of each grain's cells above `SETTLED`, (n, 4); last < first if it has
-    none."""
-    extents = np.empty((windows.size, 4), np.int64)
+def _extents(cells: np.ndarray, windows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """First and last layer, row and column of each grain's cells above `SETTLED`, (n, 6); last < first if it has none."""
+    extents = np.empty((windows.size, 6), np.int64)
+    extents[:, ::2], extents[:, 1::2] = FAR, -1
     for grain in range(windows.size):
         window = windows[grain]
-        top, bottom, left, right = window.rows, -1, window.columns, -1
-        for r in range(window.rows):
-            place = rows[window.row + r]
-            first, end = _outline(cells[place:place + window.columns])
-            if first < end:
-                top, bottom, left, right = min(top, r), r, min(left, first), max(right, end - 1)
-        extents[grain, 0], extents[grain, 1], extents[grain, 2], extents[grain, 3] = top, bottom, left, right
+        extent = extents[grain]
+        for k in range(window.layers):
+            for r in range(window.rows):
+                place = places[window.line + k * window.rows + r]
+                first, end = _outline(cells[place:place + window.columns])
+                if first < end:
+                    extent[0], extent[1] = min(extent[0], k), max(extent[1], k)
+                    extent[2], extent[3] = min(extent[2], r), max(extent[3], r)
+                    extent[4], extent[5] = min(extent[4], first), max(extent[5], end - 1)
     return extents
 
 
@@ -336,29 +438,33 @@ def _interior(line: np.ndarray, first: int, end: int) -> tuple[int, int]:
     """First and end of the cells settled at 1, if they are in one piece."""
     while first < end and line[first] < ONE - SETTLED:
         first += 1
-    while first < end and line[end - 1] < ONE - SETTLED:
-        end -= 1
-    unsettled = 0
-    for value in line[first:end]:
-        unsettled += value < ONE - SETTLED
-    return (first, end) if unsettled == 0 else (FAR, -FAR)
+    after = first
+    while after < end and line[after] >= ONE - SETTLED:
+        after += 1
+    for j in range(after, end):
+        if line[j] >= ONE - SETTLED:
+            return FAR, -FAR
+    return (first, after) if first < after else (FAR, -FAR)
 
 
 @numba.njit(cache=True, nogil=True)
-def _move(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray, moved_cells: np.ndarray, moved_windows:
-          np.ndarray, moved_rows: np.ndarray, height: int, width: int) -> None:
+def _move(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, moved_cells: np.ndarray, moved_windows: np.ndarray,
+          moved_places: np.ndarray, volume: tuple[int, ...]) -> None:
     """Copy the cells of each window to where they lie in the new layout."""
+    depth, height, width = volume
     for grain in range(windows.size):
         old, new = windows[grain], moved_windows[grain]
         shift = (new.left - old.left) % width
-        for r in range(new.rows):
-            row = (new.top + r - old.top) % height
-            if row < old.rows:
-                source, target = rows[old.row + row], moved_rows[new.row + r]
-                # The old window's columns from the new one's left edge on, then those a period further.
-                _copy(cells, source + shift, moved_cells, target, min(new.columns, old.columns - shift))
-                period = width - shift
-                _copy(cells, source, moved_cells, target + period, min(new.columns - period, old.columns))
+        period = width - shift
+        for k in range(new.layers):
+            for r in range(new.rows):
+                layer, row = (new.front + k - old.front) % depth, (new.top + r - old.top) % height
+                if layer < old.layers and row < old.rows:
+                    source = places[old.line + layer * old.rows + row]
+                    target = moved_places[new.line + k * new.rows + r]
+                    # The old window's columns from the new one's left edge on, then those a period further.
+                    _copy(cells, source + shift, moved_cells, target, min(new.columns, old.columns - shift))
+                    _copy(cells, source, moved_cells, target + period, min(new.columns - period, old.columns))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -368,185 +474,285 @@ def _copy(source: np.ndarray, at: int, target: np.ndarray, to: int, count: int) 
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_spans(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray, height: int,
-                width: int) -> np.ndarray:
-    """Columns to step in each window row, (rows, 4): from the first to the settled ones, from their end to
-    the end."""
-    spans = np.empty((rows.size, 4), np.int64)
-    for grain in range(windows.size):
-        window = windows[grain]
-        raw = np.empty((window.rows, 4), np.int64)
-        for r in range(window.rows):
-            place = rows[window.row + r]
+def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...]) -> np.ndarray:
+    """Columns to step in each window line, (lines, 4): from the first to the settled ones, from their end to the end."""
+    depth, height, width = volume
+    spans = np.empty(((windows["layers"] * windows["rows"]).sum(), 4), np.int64)
+    done = 0
+    for window in windows:
+        own = spans[done:done + window.layers * window.rows]
+        done += len(own)
+        for r in range(len(own)):
+            place = places[window.line + r]
             line = cells[place:place + window.columns]
             first, end = _outline(line)
-            raw[r, 1], raw[r, 2] = _interior(line, first, end)
-            raw[r, 0], raw[r, 3] = (first, end) if first < end else (FAR, -FAR)
-        for r in range(window.rows):
-            first, settled, unsettled, end = FAR, -FAR, FAR, -FAR
-            for near in range(r - MARGIN, r + MARGIN + 1):
-                if 0 <= near < window.rows or window.rows == height:
-                    near %= window.rows
-                    first, end = min(first, raw[near, 0]), max(end, raw[near, 3])
-                    settled, unsettled = max(settled, raw[near, 1]), min(unsettled, raw[near, 2])
-                else:
-                    settled = FAR
-            first, end = first - MARGIN, end + MARGIN
-            settled, unsettled = settled + MARGIN, unsettled - MARGIN
-            if window.columns == width and first < end and (first < 0 or end > width):
-                first, end = 0, width
-            first, end = max(first, 0), min(end, window.columns)
-            settled += (first - settled) % LANES
-            unsettled -= (unsettled - end) % LANES
-            if unsettled - settled < WORTH_SKIPPING:
-                end = min(end + (first - end) % LANES, window.columns)
-                settled = unsettled = end
-            span = spans[window.row + r]
-            span[0], span[1], span[2], span[3] = first, settled, unsettled, end
+            settled, unsettled = _interior(line, first, end)
+            own[r] = (first, settled, unsettled, end) if first < end else (FAR, settled, unsettled, -FAR)
+        box = own.reshape(window.layers, window.rows, 4)
+        for k in range(window.layers):
+            _spread(box[k], window.rows == height)
+        if depth > 1:
+            for r in range(window.rows):
+                _spread(box[:, r], window.layers == depth)
+        for span in own:
+            _round_up(span, window.columns, width)
     return spans
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_runs(windows: np.ndarray, rows: np.ndarray, spans: np.ndarray, height: int,
-               width: int) -> tuple[np.ndarray, np.ndarray]:
-    """All runs in the order of their image rows, and where each image row's runs start, (height + 1,)."""
-    loose = np.empty(6 * rows.size, RUN)
-    lines = np.empty(loose.size, np.int64)
-    starts = np.zeros(height + 1, np.int64)
+def _spread(spans: np.ndarray, periodic: bool) -> None:
+    """Widen the stepped columns of each line, (n, 4), to those of the lines within `MARGIN` of it."""
+    count = len(spans)
+    raw = spans.copy()
+    for r in range(count):
+        span = spans[r]
+        for near in range(r - MARGIN, r + MARGIN + 1):
+            if periodic:
+                near %= count
+            if 0 <= near < count:
+                span[0], span[3] = min(span[0], raw[near, 0]), max(span[3], raw[near, 3])
+                span[1], span[2] = max(span[1], raw[near, 1]), min(span[2], raw[near, 2])
+            else:
+                span[1], span[2] = FAR, -FAR
+
+
+@numba.njit(cache=True, nogil=True)
+def _round_up(span: np.ndarray, columns: int, width: int) -> None:
+    """Add the margin in the direction of the line and lengthen the runs to whole vectors."""
+    first, settled, unsettled, end = span[0] - MARGIN, span[1] + MARGIN, span[2] - MARGIN, span[3] + MARGIN
+    if first >= end:
+        span[:] = 0
+        return
+    if columns == width and (first < 0 or end > width):
+        first, end = 0, width
+    first, end = max(first, 0), min(end, columns)
+    if columns < width:
+        first, settled, unsettled, end = first // LANES * LANES, -(-settled // LANES) * LANES, unsettled // LANES * LANES, -(-end // LANES) * LANES
+    if unsettled - settled < WORTH_SKIPPING or settled - first < LANES or end - unsettled < LANES:
+        length = max(end - first, min(LANES, columns))
+        first = min(first, columns - length)
+        settled = unsettled = end = first + length
+    span[0], span[1], span[2], span[3] = first, settled, unsettled, end
+
+
+@numba.njit(cache=True, nogil=True)
+def _find_runs(windows: np.ndarray, places: np.ndarray, spans: np.ndarray, volume: tuple[int, ...],
+               around: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All runs (n, 3 + neighbours); where those of each line of the field and kind start, (3 lines + 1,); and how far the
+    runs of each line reach beyond the field's last column, (lines,)."""
+    depth, height, width = volume
+    loose = np.empty((4 * places.size, AROUND + len(around)), np.int64)
+    keys = np.empty(len(loose), np.int64)
+    bounds = np.zeros(3 * depth * height + 1, np.int64)
+    overhangs = np.zeros(depth * height, np.int64)
     count = 0
-    for grain in range(windows.size):
-        window = windows[grain]
-        for r in range(window.rows):
-            here = rows[window.row + r]
-            above, below = _neighbours(window, rows, r, height)
-            for part in range(3):
-                at, end = spans[window.row + r, part], spans[window.row + r, part + 1]
-                while at < end:  # twice where the seam of the field cuts it
-                    run = loose[count]
-                    run.cell = here + at
-                    run.above, run.below = (NOWHERE, NOWHERE) if part == 1 else (above + at, below + at)
-                    run.column = (window.left + at) % width
-                    run.length = min(end - at, width - run.column)
-                    lines[count] = (window.top + r) % height
-                    starts[lines[count] + 1] += 1
-                    count += 1
-                    at += run.length
-    starts = np.cumsum(starts)
-    place = starts.copy()
-    runs = np.empty(count, RUN)
-    for k in range(count):
-        runs[place[lines[k]]] = loose[k]
-        place[lines[k]] += 1
-    return runs, starts
+    for window in windows:
+        for k in range(window.layers):
+            for r in range(window.rows):
+                here, span = places[window.line + k * window.rows + r], spans[window.line + k * window.rows + r]
+                line = _field_line(window, k, r, depth, height)
+                for part in range(4):
+                    kind = (STEPPED, SOLID, STEPPED, ECHOED)[part]
+                    at, end = (span[part], span[part + 1]) if part < 3 else (0, window.columns // width)
+                    if at < end:
+                        run = loose[count]
+                        run[CELL], run[COLUMN], run[LENGTH] = here + at, (window.left + at) % width, end - at
+                        for n in range(len(around)):
+                            run[AROUND + n] = _place(window, places, k + around[n, 0], r + around[n, 1], depth, height) + at
+                        keys[count] = 3 * line + kind
+                        bounds[keys[count] + 1] += 1
+                        overhangs[line] = max(overhangs[line], run[COLUMN] + run[LENGTH] - width)
+                        count += 1
+    bounds = np.cumsum(bounds)
+    place = bounds.copy()
+    runs = np.empty((count, loose.shape[1]), np.int64)
+    for n in range(count):
+        runs[place[keys[n]]] = loose[n]
+        place[keys[n]] += 1
+    return runs, bounds, overhangs
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_echoes(windows: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
-    """Sources and targets, (n, 2), of the echoed cells of windows as wide as the field."""
-    count = 0
-    echoes = np.empty((2 * rows.size, 2), np.int64)
-    for grain in range(windows.size):
-        if windows[grain].columns == width:
-            for r in range(windows[grain].rows):
-                place = rows[windows[grain].row + r]
-                echoes[count, 0], echoes[count, 1] = place, place + width
-                echoes[count + 1, 0], echoes[count + 1, 1] = place + width - 1, place - 1
-                count += 2
-    return echoes[:count].copy()
+def _echo(cells: np.ndarray, runs: np.ndarray, bounds: np.ndarray, width: int) -> None:
+    """Echo the ends of all lines as wide as the field."""
+    for line in range((bounds.size - 1) // 3):
+        _echo_line(cells, runs, bounds[3 * line + ECHOED], bounds[3 * line + 3], width)
 
 
 @numba.njit(cache=True, nogil=True)
-def _echo(cells: np.ndarray, echoes: np.ndarray) -> None:
-    for k in range(len(echoes)):
-        cells[echoes[k, 1]] = cells[echoes[k, 0]]
+def _echo_line(cells: np.ndarray, runs: np.ndarray, first: int, end: int, width: int) -> None:
+    for k in range(first, end):
+        cell = runs[k, CELL]
+        cells[cell - 1], cells[cell + width] = cells[cell + width - 1], cells[cell]
+
+
+# In what follows, positions are unsigned and runs are read number by number: Numba then neither tests them for being
+# negative nor counts references to slices.
 
 
 @numba.njit(cache=True, nogil=True)
-def _advance(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, starts: np.ndarray, echoes: np.ndarray,
-             width: int, time_step: float, steps: int) -> None:
-    """Take Euler steps from one buffer to the other and back."""
-    phi = np.empty(width, np.float32)
-    for _ in range(steps):
-        for row in range(starts.size - 1):
-            own = runs[starts[row]:starts[row + 1]]
-            _add_up(cells, own, phi)
-            _step(cells, spare, own, phi, np.float32(time_step))
-        _echo(spare, echoes)
-        cells, spare = spare, cells
+def _march(cells: np.ndarray, spare: np.ndarray, obstacles: np.ndarray, weights: np.ndarray, runs: np.ndarray, bounds: np.ndarray,
+           overhangs: np.ndarray, width: int, first: np.ndarray, end: np.ndarray, growth: int, thickness: int, steps: int) -> None:
+    """Step blocks from slab `first` to slab `end` (of `thickness` lines), which grow by `growth` slabs on either side each step."""
+    phi = np.empty(2 * width + LANES, np.float32)
+    lines = overhangs.size
+    for block in range(first.size):
+        old, new = cells, spare
+        for step in range(steps):
+            for number in range((first[block] - growth * step) * thickness, (end[block] + growth * step) * thickness):
+                line = number % lines
+                stepped, solid = bounds[3 * line + STEPPED], bounds[3 * line + SOLID]
+                echoed, last = bounds[3 * line + ECHOED], bounds[3 * line + 3]
+                _clear(phi, obstacles, line, width, overhangs[line])
+                _add_up(old, runs, stepped, solid, phi)
+                _add_ones(runs, solid, echoed, phi)
+                _fold(phi, width, overhangs[line])
+                if weights.size == 6:
+                    _step_plane(old, new, runs, stepped, solid, phi, weights)
+                else:
+                    _step_volume(old, new, runs, stepped, solid, phi, weights)
+                _echo_line(new, runs, echoed, last, width)
+            old, new = new, old
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_up(cells: np.ndarray, runs: np.ndarray, phi: np.ndarray) -> None:
-    """phi of one image row. Unsigned positions, here and in `_step`, let the compiler take many cells at a
-    time."""
-    phi[:] = 0
-    for k in range(runs.size):
-        run = runs[k]
-        cell, column, length = np.uint64(run.cell), np.uint64(run.column), np.uint64(run.length)
-        if run.above == NOWHERE:
-            for j in range(length):
-                phi[column + j] += ONE
-        else:
-            for j in range(length):
-                eta = cells[cell + j]
-                phi[column + j] += eta * eta
+def _clear(phi: np.ndarray, obstacles: np.ndarray, line: int, width: int, overhang: int) -> None:
+    """Psi of one line of the field, in phi's place: it acts on the grains as phi does."""
+    for x in range(width + overhang):
+        phi[x] = 0
+    if obstacles.size:
+        for x in range(width):
+            phi[x] = obstacles[line, x]
 
 
 @numba.njit(cache=True, nogil=True)
-def _step(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, phi: np.ndarray, time_step: float) -> None:
-    """One Euler step of one image row."""
-    edge, corner = time_step * np.float32(4 / 6), time_step * np.float32(1 / 6)
-    keep = ONE + time_step * np.float32(1 - 20 / 6)
-    one = np.uint64(1)
-    for k in range(runs.size):
-        run = runs[k]
-        if run.above == NOWHERE:
-            continue
-        here, above, below = np.uint64(run.cell), np.uint64(run.above), np.uint64(run.below)
-        column, length = np.uint64(run.column), np.uint64(run.length)
-        for j in range(length):
-            eta = cells[here + j]
-            edges = cells[above + j] + cells[below + j] + cells[here + j - one] + cells[here + j + one]
-            corners = (cells[above + j - one] + cells[above + j + one]
-                       + cells[below + j - one] + cells[below + j + one])
-            reaction = keep + time_step * (eta * eta - TWO * phi[column + j])
-            spare[here + j] = eta * reaction + edge * edges + corner * corners
+def _add_up(cells: np.ndarray, runs: np.ndarray, first: int, last: int, phi: np.ndarray) -> None:
+    """phi of one line of the field; columns beyond its last one are those from its first one on."""
+    lanes, one = np.uint64(LANES), np.uint64(1)
+    for k in range(first, last):
+        cell, column = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN])
+        end = column + np.uint64(runs[k, LENGTH])
+        while column + lanes <= end:
+            eta = load(cells, cell)
+            store(phi, column, load(phi, column) + eta * eta)
+            cell += lanes
+            column += lanes
+        while column < end:
+            phi[column] += cells[cell] * cells[cell]
+            cell += one
+            column += one
 
 
 @numba.njit(cache=True, nogil=True)
-def _project(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray, weights: np.ndarray, height: int,
-             width: int) -> tuple[np.ndarray, np.ndarray]:
+def _add_ones(runs: np.ndarray, first: int, last: int, phi: np.ndarray) -> None:
+    """What grain interiors add to phi."""
+    for k in range(first, last):
+        column = np.uint64(runs[k, COLUMN])
+        for j in range(np.uint64(runs[k, LENGTH])):
+            phi[column + j] += ONE
+
+
+@numba.njit(cache=True, nogil=True)
+def _fold(phi: np.ndarray, width: int, overhang: int) -> None:
+    """Add what lies beyond the last column to the first ones, and repeat those there."""
+    for x in range(overhang):
+        phi[x] += phi[width + x]
+        phi[width + x] = phi[x]
+
+
+@numba.njit(cache=True, nogil=True)
+def _step_plane(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, first: int, last: int, phi: np.ndarray, weights: np.ndarray) -> None:
+    """One Euler step of one line of a plane."""
+    keep, time, two = splat(weights[0]), splat(weights[1]), splat(np.float32(2))
+    across, down, falling, rising = splat(weights[2]), splat(weights[3]), splat(weights[4]), splat(weights[5])
+    lanes, one = np.uint64(LANES), np.uint64(1)
+    for k in range(first, last):
+        here, column, length = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN]), np.uint64(runs[k, LENGTH])
+        above, below = np.uint64(runs[k, AROUND]), np.uint64(runs[k, AROUND + 1])
+        j = np.uint64(0)
+        while j < length:
+            j = min(j, length - lanes)  # the last vector may overlap the one before
+            eta = load(cells, here + j)
+            grown = eta * (keep + time * (eta * eta - two * load(phi, column + j)))
+            grown += across * (load(cells, here + j - one) + load(cells, here + j + one))
+            grown += down * (load(cells, above + j) + load(cells, below + j))
+            grown += falling * (load(cells, above + j - one) + load(cells, below + j + one))
+            grown += rising * (load(cells, above + j + one) + load(cells, below + j - one))
+            store(spare, here + j, grown)
+            j += lanes
+
+
+@numba.njit(cache=True, nogil=True)
+def _step_volume(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, first: int, last: int, phi: np.ndarray, weights: np.ndarray) -> None:
+    """One Euler step of one line of a volume."""
+    keep, time, two = splat(weights[0]), splat(weights[1]), splat(np.float32(2))
+    face, edge = splat(weights[2]), splat(weights[3])
+    lanes, one = np.uint64(LANES), np.uint64(1)
+    for k in range(first, last):
+        here, column, length = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN]), np.uint64(runs[k, LENGTH])
+        j = np.uint64(0)
+        while j < length:
+            j = min(j, length - lanes)
+            eta = load(cells, here + j)
+            grown = eta * (keep + time * (eta * eta - two * load(phi, column + j)))
+            faces = load(cells, here + j - one) + load(cells, here + j + one)
+            edges = splat(np.float32(0))
+            for n in range(4):
+                beside = np.uint64(runs[k, AROUND + n]) + j
+                faces += load(cells, beside)
+                edges += load(cells, beside - one) + load(cells, beside + one)
+                edges += load(cells, np.uint64(runs[k, AROUND + 4 + n]) + j)
+            store(spare, here + j, grown + face * faces + edge * edges)
+            j += lanes
+
+
+@numba.njit(cache=True, nogil=True)
+def _project(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, weights: np.ndarray,
+             volume: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Weighted sum of squares, and id of the largest order parameter, of every cell of the field."""
-    total = np.zeros((height, width), np.float32)
-    largest = np.zeros((height, width), np.float32)
-    labels = np.zeros((height, width), np.int32)
+    depth, height, width = volume
+    total = np.zeros((depth * height, width), np.float32)
+    largest = np.zeros((depth * height, width), np.float32)
+    labels = np.zeros((depth * height, width), np.int32)
     for grain in range(windows.size):
         window = windows[grain]
-        for r in range(window.rows):
-            y = (window.top + r) % height
-            for c in range(window.columns):
-                x = (window.left + c) % width
-                eta = cells[rows[window.row + r] + c]
-                total[y, x] += weights[grain] * eta * eta
-                if eta > largest[y, x]:
-                    largest[y, x] = eta
-                    labels[y, x] = grain + 1
+        for k in range(window.layers):
+            for r in range(window.rows):
+                line = _field_line(window, k, r, depth, height)
+                place = places[window.line + k * window.rows + r]
+                for c in range(window.columns):
+                    x = window.left + c
+                    x -= width if x >= width else 0
+                    eta = cells[place + c]
+                    total[line, x] += weights[grain] * eta * eta
+                    if eta > largest[line, x]:
+                        largest[line, x] = eta
+                        labels[line, x] = grain + 1
     return total, labels
 
 
 @numba.njit(cache=True, nogil=True)
-def _own_energy(cells: np.ndarray, windows: np.ndarray, rows: np.ndarray, height: int, width: int) -> float:
-    """Sum over all grains of eta^4 / 4 + eta (Laplacian of eta) / 2."""
+def _own_energy(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...], around: np.ndarray, own: np.ndarray,
+                others: np.ndarray) -> float:
+    """Sum over all grains of eta^4 / 4 + eta div(K grad eta) / 2, with the stencil's weights on a cell's own line, (3,), and on
+    the neighbouring lines, (n, 3)."""
+    depth, height, _ = volume
     total = 0.0
     for grain in range(windows.size):
         window = windows[grain]
-        for r in range(window.rows):
-            here = rows[window.row + r]
-            above, below = _neighbours(window, rows, r, height)
-            for c in range(window.columns):
-                eta = float(cells[here + c])
-                edges = float(cells[here + c - 1]) + cells[here + c + 1] + cells[above + c] + cells[below + c]
-                corners = (float(cells[above + c - 1]) + cells[above + c + 1]
-                           + cells[below + c - 1] + cells[below + c + 1])
-                total += eta**4 / 4 + eta * (4 * edges + corners - 20 * eta) / 12
+        for k in range(window.layers):
+            for r in range(window.rows):
+                here = places[window.line + k * window.rows + r]
+                for c in range(window.columns):
+                    eta = float(cells[here + c])
+                    if eta > 0:
+                        bend = _bend(cells, here + c, own)
+                        for n in range(len(around)):
+                            bend += _bend(cells, _place(window, places, k + around[n, 0], r + around[n, 1], depth, height) + c, others[n])
+                        total += eta**4 / 4 + eta * bend / 2
     return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _bend(cells: np.ndarray, at: int, weights: np.ndarray) -> float:
+    return weights[0] * cells[at - 1] + weights[1] * cells[at] + weights[2] * cells[at + 1]
