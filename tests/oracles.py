@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage, sparse
 from scipy.integrate import solve_bvp, solve_ivp
+from scipy.interpolate import CubicSpline
 from scipy.optimize import least_squares, root
 from scipy.spatial import cKDTree
 
-from graincast.simulate.free_energy import ISOTROPIC
+from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, Stencil
 from graincast.simulate.phase_field import GrainGrowth
 
 
@@ -65,6 +68,15 @@ def random_cells(shape: tuple[int, ...], grains: int, seed: int) -> np.ndarray:
     centres = np.stack(np.meshgrid(*(np.arange(size) + 0.5 for size in shape), indexing="ij"), axis=-1)
     nearest = cKDTree(points, boxsize=shape).query(centres)[1]
     return (np.unique(nearest, return_inverse=True)[1].reshape(shape) + 1).astype(np.int32)
+
+
+def discs(shape: tuple[int, int], count: int, radius: float, seed: int) -> np.ndarray:
+    """Psi of round particles anywhere in a periodic field."""
+    distance = np.full(shape, np.inf)
+    for centre in np.random.default_rng(seed).random((count, 2)) * shape:
+        away = [(np.arange(size) - at + size / 2) % size - size / 2 for size, at in zip(shape, centre, strict=True)]
+        distance = np.minimum(distance, np.hypot(away[0][:, None], away[1]))
+    return np.where(distance < radius, OBSTACLE, 0).astype(np.float32)
 
 
 def boundary_energy(thickness: float) -> float:
@@ -255,3 +267,108 @@ def grain_angles(growth: GrainGrowth) -> np.ndarray:
         if angles is not None:
             found.append(angles)
     return np.array(found)
+
+
+def refined(factor: int, stencil: Stencil = ISOTROPIC) -> Stencil:
+    """The stencil for a grid of `factor` px a unit of length."""
+    return Stencil(*(factor**2 * weight for weight in stencil))
+
+
+def amount(growth: GrainGrowth) -> float:
+    """Area (volume) of the first grain, sharper than a count of cells."""
+    first = np.arange(growth.grains) == 0
+    return float((growth.picture(first) / growth.picture()).sum(dtype=float))
+
+
+def boundary_energy_errors(factors: list[int]) -> list[float]:
+    """Relative errors of a flat boundary's energy on grids that are so many times finer, against `boundary_energy`."""
+    thickness, height = 12, 12
+    errors = []
+    for factor in factors:
+        slabs = np.repeat([1, 2], thickness * factor)[None].repeat(height * factor, axis=0)
+        growth = GrainGrowth(slabs, 0.025, stencil=refined(factor))
+        growth.advance(1200)
+        errors.append(abs(growth.energy() / factor**2 / (2 * height) / boundary_energy(thickness) - 1))
+    return errors
+
+
+def moving_boundary_errors(factors: list[int]) -> list[float]:
+    """Relative errors, on grids that are so many times finer, of the time in which a circle shrinks from radius 10 to 7.
+
+    Against the radial problem on a fine grid, `shrinking_ball`. The time step is the same on all grids.
+    """
+    times = np.arange(0, 52, 2.0)
+
+    def passage(squares: np.ndarray) -> float:
+        reached = CubicSpline(-squares, times)
+        return float(reached(-(7.0**2)) - reached(-(10.0**2)))
+
+    exact = passage(shrinking_ball(12, times, dimensions=2, spacing=1 / 16))
+    errors = []
+    for factor in factors:
+        y, x = (np.mgrid[:32 * factor, :32 * factor] + 0.5) / factor - 16.2
+        growth = GrainGrowth(np.where(x**2 + y**2 < 12**2, 1, 2), 0.025, stencil=refined(factor))
+        squares = []
+        for _ in times:
+            squares.append(amount(growth) / factor**2 / np.pi)
+            growth.advance(80)
+        errors.append(abs(passage(np.array(squares)) / exact - 1))
+    return errors
+
+
+def time_step_errors(divisors: list[int]) -> list[float]:
+    """Differences of phi, root mean square, between time steps of 0.15 by `divisors` and a very small one.
+
+    Far below them lies what the solver leaves out by skipping cells, 1e-5.
+    """
+    start = random_cells((64, 80), 8, seed=5)
+
+    def picture(divisor: int) -> np.ndarray:
+        growth = GrainGrowth(start, 0.15 / divisor)
+        growth.advance(32 * divisor)
+        return growth.picture().astype(float)
+
+    exact = picture(256)
+    return [float(np.sqrt(((picture(divisor) - exact) ** 2).mean())) for divisor in divisors]
+
+
+class History(NamedTuple):
+    """A field of many grains at equally spaced times."""
+
+    grains: int
+    times: np.ndarray
+    maps: list[np.ndarray]
+    last: GrainGrowth
+
+    def mean_areas(self) -> np.ndarray:
+        return np.array([labels.size / np.unique(labels).size for labels in self.maps])
+
+    def scaled_sizes(self, at: int) -> np.ndarray:
+        """Diameters of the grains by their mean."""
+        sizes = np.sqrt(areas(self.maps[at], self.grains))
+        return sizes[sizes > 0] / sizes[sizes > 0].mean()
+
+    def side_rates(self, frames: range) -> tuple[np.ndarray, np.ndarray]:
+        """n - 6 and dA/dt of the grains that have the same number n of sides in two of the frames that follow each other.
+
+        No frame serves twice.
+        """
+        excess, rates = [], []
+        for first in list(frames)[:-1:2]:
+            before, after = self.maps[first], self.maps[first + 1]
+            n = sides(before, self.grains)
+            kept = (n == sides(after, self.grains)) & (n > 0)
+            change = areas(after, self.grains) - areas(before, self.grains)
+            excess.append(n[kept] - 6)
+            rates.append(change[kept] / (self.times[first + 1] - self.times[first]))
+        return np.concatenate(excess), np.concatenate(rates)
+
+
+def grow_history(shape: tuple[int, int], grains: int, seed: int, frames: int, interval: int) -> History:
+    """Grow random cells, with a frame every `interval` steps."""
+    growth = GrainGrowth(random_cells(shape, grains, seed), 3 / 16)
+    maps = []
+    for _ in range(frames):
+        growth.advance(interval)
+        maps.append(growth.labels())
+    return History(growth.grains, (1 + np.arange(frames)) * interval * growth.time_step, maps, growth)
