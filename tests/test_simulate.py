@@ -31,11 +31,6 @@ SMALL = Simulate(size=96, grains=14, steps=150, translator_structures=2, synthet
                  validation_structures=2)
 
 
-def variation(labels: np.ndarray) -> float:
-    areas = np.bincount(labels.ravel())[1:]
-    return float(areas.std() / areas.mean())
-
-
 def periodic_parts(mask: np.ndarray) -> int:
     """Number of 4-connected parts of a mask on the periodic field."""
     parts, count = ndimage.label(mask)
@@ -74,27 +69,6 @@ class Dense:
         pairs = (square.sum(0) ** 2 - (square**2).sum(0)) / 2
         bulk = (-square / 2 + square**2 / 4).sum(0) + pairs + 0.25
         return float(bulk.sum() - (self.eta * self.laplacian()).sum() / 2)
-
-
-@pytest.mark.parametrize("area_spread", [0.1, 0.35, 0.7])
-@pytest.mark.parametrize("shape", [(160, 160), (96, 240)])
-def test_cells_scatter_as_asked_and_are_connected(area_spread: float, shape: tuple[int, int]) -> None:
-    cells = regularised_voronoi(shape, 40, area_spread, np.random.default_rng(1))
-    assert cells.shape == shape
-    assert cells.dtype == np.int32
-    assert np.unique(cells).tolist() == list(range(1, 41))
-    assert variation(cells) == pytest.approx(area_spread, abs=0.02)
-    if area_spread < 0.5:  # the slivers of very unequal cells may be narrower than a pixel
-        assert all(periodic_parts(cells == grain) == 1 for grain in range(1, 41))
-
-
-def test_nearly_equal_cells() -> None:
-    assert variation(regularised_voronoi((128, 128), 20, 0.0, np.random.default_rng(2))) < 0.1
-
-
-def test_more_grains_than_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"grains.*at most 34"):
-        regularised_voronoi((32, 32), 35, 0.3, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("shape", "grains", "time_step", "steps"), [
