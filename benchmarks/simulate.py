@@ -325,8 +325,9 @@ def verdict(figures: Figures) -> str:
     return (f"Blocks of {figures['block_kb']:.0f} kB stay in the cache for {TILE} steps; the roof there is {roof}. The solver uses {shares}. "
             "Multiplications and additions are not fused, which halves the attainable peak. Dense rows in the cache, with about as many loads "
             f"and stores an update, reach {figures['dense_in_cache_mcell_per_s']:.0f} Mcell/s: the solver runs at "
-            f"{figures['share_of_dense_in_cache']:.0%} of that, and {figures['following_share']:.0%} of its time goes into following the "
-            "boundaries rather than stepping.")
+            f"{figures['share_of_dense_in_cache']:.0%} of that. {figures['following_share']:.0%} of its time goes into following the boundaries; "
+            f"while it steps it is at {figures['share_of_dense_in_cache'] / (1 - figures['following_share']):.0%}, the rest being what short runs "
+            "of cells cost over long rows.")
 
 
 def measure(scale: Scale, with_pystencils: bool) -> Figures:
