@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 from scipy.stats import ks_2samp, linregress
 
+from graincast.errors import UserError
 from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, VOLUME_KERNEL, Stencil, anisotropic_stencil, time_step_bound
 from graincast.simulate.phase_field import GrainGrowth
 from tests.oracles import (
@@ -94,6 +95,12 @@ def test_threads_share_the_work_to_the_last_bit(shape: tuple[int, ...]) -> None:
     shared.advance(101)
     assert (alone.picture() == shared.picture()).all()
     assert (alone.labels() == shared.labels()).all()
+
+
+@pytest.mark.parametrize("time_step", [0.0, -0.1, 0.19, 0.3])
+def test_an_unstable_time_step_is_refused_naming_the_bound(time_step: float) -> None:
+    with pytest.raises(UserError, match=r"time_step.*0\.1875"):
+        GrainGrowth(np.ones((32, 32), np.int32), time_step)
 
 
 def test_a_slice_of_columns_is_a_plane() -> None:
