@@ -34,7 +34,7 @@ from graincast.config import Simulate
 from graincast.errors import UserError
 from graincast.simulate.library import simulate_library, simulate_structure
 from graincast.simulate.phase_field import INTERVAL, TILE, GrainGrowth
-from graincast.simulate.tessellation import regularised_voronoi
+from graincast.simulate.tessellation import tessellate
 from graincast.store import tracking
 
 RECORD = Path(__file__).parent / "results" / "simulate.json"
@@ -139,7 +139,7 @@ def _compile(threads: int) -> None:
 
 
 def _tessellation(size: int, grains: int) -> np.ndarray:
-    return regularised_voronoi((size, size), grains, Simulate().area_spread, np.random.default_rng(0))
+    return tessellate((size, size), grains, np.random.default_rng(0), regularity=0.5, area_spread=0.5)
 
 
 def _grow_library(config: Simulate) -> None:

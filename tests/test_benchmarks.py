@@ -14,10 +14,10 @@ import pytest
 from benchmarks.peers import FusedNumba, Peer, PlainNumpy, Pystencils, TunedNumpy
 from benchmarks.simulate import KEYS, _tiled
 from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import regularised_voronoi
+from graincast.simulate.tessellation import tessellate
 
 ROOT = Path(__file__).parents[1]
-START = regularised_voronoi((64, 96), 9, 0.35, np.random.default_rng(4))
+START = tessellate((64, 96), 9, np.random.default_rng(4), area_spread=0.35)
 
 
 def grown(peer: type[Peer], steps: int = 60) -> np.ndarray:

@@ -89,6 +89,21 @@ class Session(Section):
     virtual: VirtualSession = VirtualSession()
 
 
+class Pores(Section):
+    """Round holes that no grain can enter and that pin boundaries."""
+
+    fraction: float = Field(0.0, ge=0, lt=1, description="share of the area that pores take; 0 = none")
+    diameter: float = Field(0.15, gt=0, lt=1, description="mean diameter of the pores, fraction of that of the initial grains")
+
+
+class Particles(Section):
+    """Round particles of a second phase that no grain can enter and that pin boundaries."""
+
+    fraction: float = Field(0.0, ge=0, lt=1, description="share of the area that particles of a second phase take; 0 = none")
+    diameter: float = Field(0.15, gt=0, lt=1, description="mean diameter of the particles, fraction of that of the initial grains")
+    grey: float = Field(0.95, ge=0, le=1, description="grey level of the particles, fraction of full scale")
+
+
 class Simulate(Section):
     """The phase-field grain simulator."""
 
@@ -98,17 +113,54 @@ class Simulate(Section):
         8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one chooses the weights, the rest are only scored"
     )
     size: int = Field(256, ge=32, description="width and height of a morphology, px")
-    grains: int = Field(72, ge=2, description="grains a morphology starts with")
-    area_spread: float = Field(
-        0.5, ge=0, le=1,
-        description="coefficient of variation of the initial grain areas; 0 = nearly equal, about 0.53 = Poisson-Voronoi",
+    depth: int | None = Field(
+        None, ge=32,
+        description="depth of a periodic volume, px, in which grains grow in three dimensions; morphologies are then slices through it, "
+                    "about a grain apart (needs area_spread: null); null: growth in the plane",
     )
+    pixel_size_um: float | None = Field(None, gt=0, description="pixel size, um, kept with the morphologies; null: none")
+    grains: int = Field(72, ge=2, description="grains a morphology (or a volume) starts with")
+    grain_diameter_um: float | None = Field(
+        None, gt=0,
+        description="mean grain diameter at the end, um, instead of `grains`; needs pixel_size_um; null: `grains` decides",
+    )
+    regularity: float = Field(
+        0.5, ge=0, le=0.9,
+        description="least distance of the grains' seeds, fraction of that in the densest lattice; 0 = random, 0.9 = nearly hexagons",
+    )
+    area_spread: float | None = Field(
+        0.5, ge=0, le=1,
+        description="coefficient of variation of the initial grain areas (lognormal); null: as the seeds give, 0.53 at regularity 0, "
+                    "0.31 at 0.5, 0.1 at 0.9",
+    )
+    coarse_share: float = Field(0.0, ge=0, lt=1, description="share of the area that coarse grains take, for bimodal sizes; 0 = none")
+    coarse_ratio: float = Field(10.0, gt=1, description="mean area of the coarse grains by that of the others")
+    elongation: float = Field(1.0, ge=1, le=5, description="length of the initial grains by their width; 1 = equiaxed")
+    elongation_deg: float = Field(0.0, description="direction in which they are long, degrees from +x (right) towards the image's top")
+    boundary_anisotropy: float = Field(
+        1.0, ge=1, le=2,
+        description="largest by smallest energy of a boundary, which depends on its direction; 1 = isotropic",
+    )
+    boundary_anisotropy_deg: float = Field(
+        0.0, description="direction of the boundaries of smallest energy, degrees from +x (right) towards the image's top"
+    )
+    pores: Pores = Pores()
+    particles: Particles = Particles()
     steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
     time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
     grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
     boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses; drawn for each anew")
     boundary_level: float = Field(0.75, gt=0, lt=1, description="pixels where phi = sum eta^2 lies below this are boundary")
+    device: str = Field("cpu", description="cpu, or where structures grow in batches: auto (CUDA when it is there), cuda or cuda:N")
     seed: int = Field(0, ge=0, description="seed; structure k of the library depends on (seed, k) alone")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.grain_diameter_um and not self.pixel_size_um:
+            raise ValueError("simulate.grain_diameter_um is set without simulate.pixel_size_um, which it is measured with")
+        if self.depth and self.grain_diameter_um:
+            raise ValueError("simulate.grain_diameter_um is set for a volume (simulate.depth), where simulate.grains would be right")
+        return self
 
 
 class Ingest(Section):

@@ -34,13 +34,14 @@ from tqdm import tqdm
 from graincast.config import VirtualSem, VirtualSession
 from graincast.errors import UserError
 from graincast.simulate.phase_field import evolve
-from graincast.simulate.tessellation import regularised_voronoi
+from graincast.simulate.tessellation import tessellate
 from graincast.store.imageset import whole_folder
 
 FEI_METADATA_TAG = 34682
 RANDOM_STREAM = 0x53454D  # keeps a session's grains apart from those of a simulation with the same seed
 RELAXATION = 0.04  # time of grain growth in units of (diameter in px)^2: junctions settle, few grains vanish
 TIME_STEP = 0.1
+REGULARITY = 0.5  # of the seeds: equiaxed cells
 FEWEST_GRAINS = 4
 LEAST_ENERGY = 0.1  # of a boundary, relative to the mean
 LINE_PX = 3  # width of the true boundary lines
@@ -162,7 +163,7 @@ def _acquire(config: VirtualSession, part: str, index: int) -> tuple[Grid, Grid]
         raise UserError(f"session.virtual: a field of {field_um:g} um holds only {grains} grains of "
                         f"{config.grain_diameter_um:g} um, want at least {FEWEST_GRAINS}; raise size or "
                         "pixel_size_um, or lower grain_diameter_um")
-    cells = regularised_voronoi((config.size, config.size), grains, config.area_spread, rng)
+    cells = tessellate((config.size, config.size), grains, rng, area_spread=config.area_spread, regularity=REGULARITY)
     steps = round(RELAXATION * (config.grain_diameter_um / config.pixel_size_um) ** 2 / TIME_STEP)
     labels = evolve(cells, steps, TIME_STEP).labels
     return _expose(labels, config.pixel_size_um, config.sem, rng)

@@ -62,6 +62,12 @@ class Stencil(NamedTuple):
         a, d, f, r = self
         return np.array([[f, d, r], [a, -2 * (a + d + f + r), a], [r, d, f]])
 
+    @property
+    def stiffness(self) -> float:
+        """Largest kappa of any direction, the largest eigenvalue of K."""
+        a, d, f, r = self
+        return float(np.linalg.eigvalsh([[a + f + r, f - r], [f - r, d + f + r]])[-1])
+
 
 ISOTROPIC = Stencil(4 / 6, 4 / 6, 1 / 6, 1 / 6)
 """The isotropic Laplacian: its leading error does not depend on direction."""

@@ -1,119 +1,32 @@
-"""Labelled grain structures, one at a time and as a library of ImageSets."""
+"""Simulated grain structures as ImageSets: the library that the loop trains on, and sequences of grain growth."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy import ndimage as ndi
-from skimage.measure import label
+import psutil
 from skimage.segmentation import clear_border
 from tqdm import tqdm
 
 from graincast.config import Simulate
-from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import regularised_voronoi
+from graincast.errors import UserError
+from graincast.simulate import structure
 from graincast.store.imageset import ImageSet, ImageSetWriter, whole_folder
 
-MEAN_GREY = 0.75
-"""Mean grey level of the grains, fraction of full scale: room above for the spread, boundaries dark below."""
+Morphology = tuple[np.ndarray, np.ndarray]
 
-DARKEST_GREY = 0.3
-"""Lowest grey level of a grain, fraction of full scale; a darker one would look like boundary."""
-
-SMALLEST_PART = 16
-"""Parts of a grain map below this, px, count as boundary: a spot no wider than a boundary line is no grain to
-see. They stem from grains about to vanish and from corners of grains that the image border cuts off."""
-
-
-def simulate_structure(config: Simulate, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Grow one grain structure.
-
-    Parameters
-    ----------
-    config : Simulate
-        The simulator's settings.
-    index : int
-        Which structure; together with ``config.seed`` it decides every random number.
-
-    Returns
-    -------
-    picture : numpy.ndarray
-        (size, size), uint8: the mean of the grains' grey levels, weighted with their squared order parameters, times
-        phi, which darkens the boundaries, each more or less (``config.boundary_fading``). Grey levels are normally
-        distributed around 0.75 of full scale with standard deviation ``config.grey_spread``.
-    labels : numpy.ndarray
-        (size, size), int32: 0 where phi is below ``config.boundary_level``, otherwise ids 1..N without gaps.
-        Each id is one 4-connected part of the image (a grain that the border of the periodic field cuts shows
-        up as several), and no two ids are 4-neighbours: the boundary lines are closed.
-
-    Raises
-    ------
-    UserError
-        If the time step is unstable or the grains are too many for the size.
-
-    Examples
-    --------
-    >>> picture, labels = simulate_structure(Simulate(size=64, grains=8, steps=50), index=0)
-    >>> picture.dtype, labels.dtype, labels.max() >= 8
-    (dtype('uint8'), dtype('int32'), np.True_)
-    """
-    rng = np.random.default_rng([config.seed, index])
-    start = regularised_voronoi((config.size, config.size), config.grains, config.area_spread, rng)
-    growth = GrainGrowth(start, config.time_step)
-    growth.advance(config.steps)
-    greys = np.clip(rng.normal(MEAN_GREY, config.grey_spread, growth.grains), DARKEST_GREY, 1)
-    phi, dense = growth.picture(), growth.labels()
-    visible = _visibility(dense, config.boundary_fading, rng)
-    picture = growth.picture(greys) / phi * (1 - visible * (1 - phi))
-    picture = np.clip(np.rint(255 * picture), 0, 255).astype(np.uint8)
-    return picture, separate(np.where(phi < config.boundary_level, 0, dense))
-
-
-def _visibility(dense: np.ndarray, fading: float, rng: np.random.Generator) -> np.ndarray:
-    """How much of its darkness each boundary keeps, (size, size) in [1 - `fading`, 1]; one value a pair of grains.
-
-    Boundaries of low energy are hardly grooved, and a segmenter that has only seen plain ones misses them.
-    """
-    window = 9  # px, wider than a boundary
-    low, high = ndi.minimum_filter(dense, window, mode="wrap"), ndi.maximum_filter(dense, window, mode="wrap")
-    _, pair = np.unique(low.astype(np.int64) * (dense.max() + 1) + high, return_inverse=True)
-    visible = 1 - fading * rng.random(pair.max() + 1)
-    return ndi.gaussian_filter(visible[pair.reshape(dense.shape)], 1.5, mode="wrap")
-
-
-def separate(labels: np.ndarray) -> np.ndarray:
-    """Make a grain map one of an image: connected ids, closed boundary lines, no crumbs.
-
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (height, width), integer ids, 0 = boundary; ids may have several parts and touch one another.
-
-    Returns
-    -------
-    numpy.ndarray
-        (height, width), int32, ids 1..N in raster order: the 4-connected parts of at least `SMALLEST_PART`
-        px, of which no two are 4-neighbours.
-    """
-    labels = labels.copy()
-    # Of two different grains side by side, the upper or left cell becomes boundary.
-    for here, there in ((labels[:-1], labels[1:]), (labels[:, :-1], labels[:, 1:])):
-        here[(here != there) & (there != 0)] = 0
-    parts = label(labels, connectivity=1)
-    large = np.bincount(parts.ravel()) >= SMALLEST_PART
-    large[0] = False
-    return np.where(large, np.cumsum(large), 0).astype(np.int32)[parts]
+MEMORY_PER_CELL = {2: 80, 3: 160}
+"""Bytes that a cell of a growing plane or volume takes, all arrays counted (measured: 45 to 60, 130)."""
 
 
 def simulate_library(config: Simulate, out: Path) -> dict[str, ImageSet]:
-    """Grow the morphologies of all three purposes; no structure serves two of them.
-
-    Structures are grown on all processors, one on each: the solver releases Python's lock. (Sharing out one
-    structure among the processors would make them wait for each other at every step.)
+    """Grow the morphologies of all three purposes; no structure, and no volume, serves two of them.
 
     Parameters
     ----------
@@ -125,32 +38,147 @@ def simulate_library(config: Simulate, out: Path) -> dict[str, ImageSet]:
     Returns
     -------
     dict of str to ImageSet
-        ``translator``, ``synthetic`` and ``validation``, of kind ``morphologies``, with labels. Rows have the
-        columns ``structure`` (its index), ``grains`` (ids in the image) and ``mean_diameter_px`` (see
-        `mean_grain_diameter`).
+        ``translator``, ``synthetic`` and ``validation``; see `simulate_set`.
 
     Raises
     ------
     UserError
-        If the time step is unstable or the grains are too many for the size.
+        If the time step is unstable, the grains do not fit the size or the work the memory.
     """
     counts = {"translator": config.translator_structures, "synthetic": config.synthetic_structures,
               "validation": config.validation_structures}
-    total = sum(counts.values())
-    pool = ThreadPoolExecutor(os.cpu_count())
+    each = structure.slices(config)
+    with whole_folder(out) as folder:
+        first = 0
+        for name, count in counts.items():
+            simulate_set(config, count, folder / name, first)
+            first += -(-count // each) * each
+    return {name: ImageSet(Path(out) / name) for name in counts}
+
+
+def simulate_set(config: Simulate, count: int, out: Path, first: int = 0) -> ImageSet:
+    """Grow structures ``first`` to ``first + count - 1`` of a seed.
+
+    Structures are grown on all processors, one on each: the solver releases Python's lock. On a device they are grown in
+    batches (``config.device``).
+
+    Parameters
+    ----------
+    config : Simulate
+        The simulator's settings.
+    count : int
+        Number of morphologies.
+    out : pathlib.Path
+        The folder to make; it appears when it is whole.
+    first : int, optional
+        Index of the first structure, a multiple of `graincast.simulate.structure.slices`.
+
+    Returns
+    -------
+    ImageSet
+        Of kind ``morphologies``, with labels. Rows have the columns ``structure`` (its index), ``grains`` (ids in the image),
+        ``mean_diameter_px`` (see `mean_grain_diameter`) and, where ``config.pixel_size_um`` is known, ``mean_diameter_um``.
+
+    Raises
+    ------
+    UserError
+        If the time step is unstable, the grains do not fit the size or the work the memory.
+    """
+    structure.check(config)
+    each = structure.slices(config)
+    numbers = range(first // each, -(-(first + count) // each))
+    grown = _grow_on_processors(config, numbers) if config.device == "cpu" else _grow_on_device(config, numbers)
+    morphologies = tqdm(islice(grown, count), total=count, desc="simulate", unit="structure", disable=None)
+    with ImageSetWriter(out, "morphologies", config=config.model_dump()) as writer:
+        for index, (picture, labels) in enumerate(morphologies, first):
+            writer.add(picture, id=f"structure-{index:05d}", labels=labels, source="phase field", seed=config.seed,
+                       pixel_size_um=config.pixel_size_um, structure=index, grains=int(labels.max()),
+                       **_diameters(_mean_diameter(labels), config))
+    return ImageSet(out)
+
+
+def simulate_sequences(config: Simulate, count: int, steps: Sequence[int], out: Path) -> ImageSet:
+    """Grow structures 0 to ``count - 1`` and keep them at several times: sequences of grain growth with stable grain ids.
+
+    Parameters
+    ----------
+    config : Simulate
+        The simulator's settings; ``config.steps`` does not matter.
+    count : int
+        Number of structures.
+    steps : sequence of int
+        Time steps at which to look, rising, from 0 on.
+    out : pathlib.Path
+        The folder to make; it appears when it is whole.
+
+    Returns
+    -------
+    ImageSet
+        Of kind ``sequences``, with labels (see `graincast.simulate.structure.Frame`), frame after frame. Rows have the columns
+        ``structure``, ``step``, ``time`` (in units of 1/L), ``grains`` (left in the field) and the mean diameters as in
+        `simulate_set`, here exact: that of the circle of the field's area over ``grains``.
+
+    Raises
+    ------
+    UserError
+        As for `simulate_set`, and if the steps do not rise.
+    """
+    structure.check(config)
+    _workers(config)
+    with ImageSetWriter(out, "sequences", config=config.model_dump()) as writer:
+        for index in tqdm(range(count), desc="simulate", unit="structure", disable=None):
+            for frame in structure.simulate_frames(config, index, steps):
+                grains = len(np.unique(frame.labels[frame.labels > 0]))
+                diameter = float(2 * np.sqrt(frame.labels.size / grains / np.pi))
+                writer.add(frame.picture, id=f"structure-{index:05d}-step-{frame.step:06d}", labels=frame.labels, source="phase field",
+                           seed=config.seed, pixel_size_um=config.pixel_size_um, structure=index, step=frame.step,
+                           time=frame.step * config.time_step, grains=grains, **_diameters(diameter, config))
+    return ImageSet(out)
+
+
+def _grow_on_processors(config: Simulate, numbers: Iterable[int]) -> Iterator[Morphology]:
+    """Morphologies of structures (or volumes), in their order."""
+    pool = ThreadPoolExecutor(_workers(config))
     try:
-        grown = pool.map(lambda index: simulate_structure(config, index), range(total))
-        structures = enumerate(tqdm(grown, total=total, desc="simulate", unit="structure", disable=None))
-        with whole_folder(out) as folder:
-            for name, count in counts.items():
-                with ImageSetWriter(folder / name, "morphologies", config=config.model_dump()) as writer:
-                    for index, (picture, labels) in islice(structures, count):
-                        writer.add(picture, id=f"structure-{index:05d}", labels=labels, source="phase field",
-                                   seed=config.seed, structure=index, grains=int(labels.max()),
-                                   mean_diameter_px=_mean_diameter(labels))
+        yield from chain.from_iterable(pool.map(lambda number: structure.simulate(config, number, threads=1), numbers))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the structures still waiting are not grown
-    return {name: ImageSet(Path(out) / name) for name in counts}
+
+
+def _grow_on_device(config: Simulate, numbers: Iterable[int]) -> Iterator[Morphology]:
+    """Morphologies of structures (or volumes), in their order; drawn and painted on the processors."""
+    from graincast.simulate.batched import BatchedGrowth, structures_at_once  # torch takes seconds to import
+
+    shape = structure.field(config)
+    with ThreadPoolExecutor(_workers(config)) as pool:
+        waiting = iter(numbers)
+        while batch := list(islice(waiting, structures_at_once(shape, config.device))):
+            starts = list(pool.map(lambda number: structure.draw_start(config, number), batch))
+            some = [start.obstacles for start in starts]
+            obstacles = np.stack([field for field in some if field is not None]) if some[0] is not None else None
+            growth = BatchedGrowth(np.stack([start.labels for start in starts]), config.time_step, stencil=structure.stencil(config),
+                                   obstacles=obstacles, device=config.device)
+            growth.advance(config.steps)
+            fields = growth.picture(), growth.picture([start.greys for start in starts]), growth.labels()
+            yield from chain.from_iterable(pool.map(lambda grown: structure.render(config, *grown), zip(starts, *fields, strict=True)))
+
+
+def _workers(config: Simulate) -> int:
+    """Processors to use at a time: all, or as many as the free memory lets grow a structure each.
+
+    Raises
+    ------
+    UserError
+        If it does not do for one.
+    """
+    shape = structure.field(config)
+    needed = MEMORY_PER_CELL[len(shape)] * int(np.prod(shape))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        side = int((free / MEMORY_PER_CELL[len(shape)] / (config.depth or 1)) ** 0.5)
+        raise UserError(f"simulate.size: {' x '.join(map(str, shape))} px need about {needed / 1e9:.3g} GB of memory and "
+                        f"{free / 1e9:.3g} GB are free; a size of at most {side} would be right")
+    return min(os.cpu_count() or 1, free // needed)
 
 
 def mean_grain_diameter(morphologies: ImageSet) -> float:
@@ -174,3 +202,9 @@ def _mean_diameter(labels: np.ndarray) -> float:
     whole = len(np.unique(clear_border(labels))) - 1
     count = whole + (labels.max() - whole) / 2
     return float(2 * np.sqrt(labels.size / count / np.pi))
+
+
+def _diameters(diameter_px: float, config: Simulate) -> dict[str, Any]:
+    """Columns for a mean diameter."""
+    um = {} if config.pixel_size_um is None else {"mean_diameter_um": diameter_px * config.pixel_size_um}
+    return {"mean_diameter_px": diameter_px, **um}

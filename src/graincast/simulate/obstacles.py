@@ -23,7 +23,7 @@ DENSEST = {2: 0.6, 3: 0.45}
 at 0.84 and 0.64."""
 
 
-def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, rng: np.random.Generator) -> np.ndarray:
+def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, rng: np.random.Generator, key: str = "obstacles") -> np.ndarray:
     """Random discs, in volumes spheres, that do not overlap.
 
     Parameters
@@ -37,6 +37,8 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
         coefficient of variation `DIAMETER_SPREAD`, and scaled so that the fraction is met.
     rng : numpy.random.Generator
         Source of sizes and places.
+    key : str, optional
+        What they are called in messages.
 
     Returns
     -------
@@ -57,25 +59,25 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise UserError(f"simulate.size: {shape} is no field, want two or three positive numbers of px")
     if not SMALLEST_DIAMETER <= diameter <= min(shape) / 5:
-        raise UserError(f"simulate.obstacle_diameter: {diameter:g} px is outside {SMALLEST_DIAMETER:g} px (as small as the grid resolves) "
+        raise UserError(f"{key}.diameter: {diameter:g} px is outside {SMALLEST_DIAMETER:g} px (as small as the grid resolves) "
                         f"to {min(shape) / 5:g} px (a fifth of the field's side)")
     densest = DENSEST[len(shape)] * (diameter / (diameter + GAP)) ** len(shape)
     if not 0 <= fraction <= densest:
-        raise UserError(f"simulate.obstacle_fraction: {fraction:g} is outside 0 to {math.floor(100 * densest) / 100:g}, as much as can be "
+        raise UserError(f"{key}.fraction: {fraction:g} is outside 0 to {math.floor(100 * densest) / 100:g}, as much as can be "
                         f"packed at a diameter of {diameter:g} px")
     field = np.zeros(shape, np.float32)
     if fraction == 0:
         return field
-    radii = _draw_radii(shape, fraction, diameter, rng)
+    radii = _draw_radii(shape, fraction, diameter, rng, key)
     centres = scatter_discs(shape, np.minimum(radii + GAP / 2, largest_radius(shape)), rng)
     if centres is None:
-        raise UserError(f"simulate.obstacle_fraction: {fraction:g} could not be packed at a diameter of {diameter:g} px, want less")
+        raise UserError(f"{key}.fraction: {fraction:g} could not be packed at a diameter of {diameter:g} px, want less")
     for centre, radius in zip(centres, radii, strict=True):
         _paint(field, centre, radius)
     return field
 
 
-def _draw_radii(shape: tuple[int, ...], fraction: float, diameter: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_radii(shape: tuple[int, ...], fraction: float, diameter: float, rng: np.random.Generator, key: str) -> np.ndarray:
     """Radii of obstacles that fill the fraction, px, the largest first."""
     dimensions = len(shape)
     width = math.sqrt(math.log(1 + DIAMETER_SPREAD**2))  # of the logarithm's normal distribution
@@ -83,7 +85,7 @@ def _draw_radii(shape: tuple[int, ...], fraction: float, diameter: float, rng: n
     one = filled(shape, np.array([typical]))
     count = round(fraction / one)
     if count == 0:
-        raise UserError(f"simulate.obstacle_fraction: {fraction:g} is less than one obstacle of {diameter:g} px, which fills {one:.2g}")
+        raise UserError(f"{key}.fraction: {fraction:g} is less than one obstacle of {diameter:g} px, which fills {one:.2g}")
     sizes = np.sort(np.exp(width * np.clip(rng.standard_normal(count), -2.5, 2.5)))[::-1]
     return sizes * (fraction / filled(shape, sizes)) ** (1 / dimensions)
 

@@ -32,6 +32,8 @@ References
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -39,7 +41,6 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from graincast.errors import UserError
 from graincast.simulate.free_energy import ISOTROPIC, VOLUME_KERNEL, Stencil, check_time_step
 from graincast.simulate.simd import LANES, load, splat, store
 
@@ -47,8 +48,9 @@ SETTLED = np.float32(0.02)
 """A cell is settled when its order parameter is this near to 0 or 1, and so are its neighbours within `MARGIN`."""
 
 MARGIN = 4
-"""Width of the settled rim that is stepped all the same, px. Tails fall by a factor e per px, so what the solver leaves
-out is below 4e-4 of the order parameter, and in phi, where it comes in squared, below 2e-7."""
+"""Width of the settled rim that is stepped all the same, px, where kappa is 1; it goes with the width of boundaries, the
+square root of kappa. Tails fall by a factor e per px, so what the solver leaves out is below 4e-4 of the order parameter,
+and in phi, where it comes in squared, below 2e-7."""
 
 INTERVAL = 3.2
 """Time between two updates of windows and runs, in units of 1/L; a boundary moves by a fraction of a pixel in between."""
@@ -171,6 +173,7 @@ class GrainGrowth:
         self.time_step = time_step
         self.threads = threads
         self._step = 0
+        self._margin = math.ceil(MARGIN * math.sqrt(stencil.stiffness) - 1e-9)
         self._volume = labels.shape if labels.ndim == 3 else (1, *labels.shape)
         self._around = PLANE if labels.ndim == 2 else VOLUME
         keep = 1 + time_step * (1 + self._kernel[(1,) * labels.ndim])
@@ -242,14 +245,14 @@ class GrainGrowth:
     def _follow(self, share: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the windows to where the grains are now; return the table of runs (see `_find_runs`)."""
         extents = np.concatenate(list(share(lambda part: _extents(self._cells, self._windows[part], self._places), self._parts())))
-        windows = _fitted(self._windows, extents, self._volume)
+        windows = _fitted(self._windows, extents, self._volume, self._margin)
         places, size = _lay_out(windows, self._volume)
         cells = self._spare if size <= self._spare.size else _aligned(size + size // 4)
         cells[:size] = 0
         list(share(lambda part: _move(self._cells, self._windows[part], self._places, cells, windows[part], places, self._volume), self._parts()))
         spare = self._cells if self._cells.size == cells.size else _aligned(cells.size)
         self._cells, self._spare, self._windows, self._places = cells, spare, windows, places
-        spans = np.concatenate(list(share(lambda part: _find_spans(cells, windows[part], places, self._volume), self._parts())))
+        spans = np.concatenate(list(share(lambda part: _find_spans(cells, windows[part], places, self._volume, self._margin), self._parts())))
         runs, bounds, overhangs = _find_runs(windows, places, spans, self._volume, self._around)
         _echo(cells, runs, bounds, self._volume[2])
         spare[:size] = cells[:size]
@@ -259,7 +262,7 @@ class GrainGrowth:
         """The grains in as many parts as there are threads, of about equally many window lines."""
         lines = np.cumsum(self._windows["layers"] * self._windows["rows"])
         cuts = [0, *(int(np.searchsorted(lines, lines[-1] * k / self.threads)) for k in range(1, self.threads)), self.grains]
-        return [slice(first, end) for first, end in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [slice(first, end) for first, end in itertools.pairwise(cuts)]
 
     def _march(self, steps: int, runs: np.ndarray, bounds: np.ndarray, overhangs: np.ndarray, share: Callable[..., Any]) -> None:
         """Take up to `TILE` steps, in blocks of lines (of layers in volumes)."""
@@ -275,7 +278,7 @@ class GrainGrowth:
                        first[part], end[part], growth, thickness, steps)
 
             cuts = [blocks * k // self.threads for k in range(self.threads + 1)]
-            list(share(some, [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]))
+            list(share(some, [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]))
 
         if shrinks:
             march(edges[:-1], edges[1:], -1)
@@ -321,7 +324,7 @@ def _occupied(labels: np.ndarray, grains: int, axis: int) -> np.ndarray:
     return occupied
 
 
-def _fitted(windows: np.ndarray, extents: np.ndarray, volume: tuple[int, ...]) -> np.ndarray:
+def _fitted(windows: np.ndarray, extents: np.ndarray, volume: tuple[int, ...], margin: int) -> np.ndarray:
     """Windows (n,) that hold the `extents` (n, 6: first and last layer, row and column) and a margin."""
     fitted = windows.copy()
     vanished = extents[:, 1] < extents[:, 0]
@@ -329,8 +332,8 @@ def _fitted(windows: np.ndarray, extents: np.ndarray, volume: tuple[int, ...]) -
         size = volume[axis]
         first, last = extents[:, 2 * axis], extents[:, 2 * axis + 1]
         unit = LANES if length == "columns" else 1
-        begin = (windows[start] + first - MARGIN) // unit * unit
-        needed = -(-(windows[start] + last + 1 + MARGIN - begin) // unit) * unit
+        begin = (windows[start] + first - margin) // unit * unit
+        needed = -(-(windows[start] + last + 1 + margin - begin) // unit) * unit
         wraps = (windows[length] == size) | (needed >= size)
         fitted[start] = np.where(wraps, windows[start], begin) % size
         fitted[length] = np.where(vanished, 0, np.where(wraps, size, needed))
@@ -474,7 +477,7 @@ def _copy(source: np.ndarray, at: int, target: np.ndarray, to: int, count: int) 
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...]) -> np.ndarray:
+def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...], margin: int) -> np.ndarray:
     """Columns to step in each window line, (lines, 4): from the first to the settled ones, from their end to the end."""
     depth, height, width = volume
     spans = np.empty(((windows["layers"] * windows["rows"]).sum(), 4), np.int64)
@@ -490,23 +493,23 @@ def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volu
             own[r] = (first, settled, unsettled, end) if first < end else (FAR, settled, unsettled, -FAR)
         box = own.reshape(window.layers, window.rows, 4)
         for k in range(window.layers):
-            _spread(box[k], window.rows == height)
+            _spread(box[k], window.rows == height, margin)
         if depth > 1:
             for r in range(window.rows):
-                _spread(box[:, r], window.layers == depth)
+                _spread(box[:, r], window.layers == depth, margin)
         for span in own:
-            _round_up(span, window.columns, width)
+            _round_up(span, window.columns, width, margin)
     return spans
 
 
 @numba.njit(cache=True, nogil=True)
-def _spread(spans: np.ndarray, periodic: bool) -> None:
-    """Widen the stepped columns of each line, (n, 4), to those of the lines within `MARGIN` of it."""
+def _spread(spans: np.ndarray, periodic: bool, margin: int) -> None:
+    """Widen the stepped columns of each line, (n, 4), to those of the lines within `margin` of it."""
     count = len(spans)
     raw = spans.copy()
     for r in range(count):
         span = spans[r]
-        for near in range(r - MARGIN, r + MARGIN + 1):
+        for near in range(r - margin, r + margin + 1):
             if periodic:
                 near %= count
             if 0 <= near < count:
@@ -517,9 +520,9 @@ def _spread(spans: np.ndarray, periodic: bool) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _round_up(span: np.ndarray, columns: int, width: int) -> None:
+def _round_up(span: np.ndarray, columns: int, width: int, margin: int) -> None:
     """Add the margin in the direction of the line and lengthen the runs to whole vectors."""
-    first, settled, unsettled, end = span[0] - MARGIN, span[1] + MARGIN, span[2] - MARGIN, span[3] + MARGIN
+    first, settled, unsettled, end = span[0] - margin, span[1] + margin, span[2] - margin, span[3] + margin
     if first >= end:
         span[:] = 0
         return
