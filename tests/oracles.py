@@ -269,7 +269,7 @@ def grain_angles(growth: GrainGrowth) -> np.ndarray:
     return np.array(found)
 
 
-def refined(factor: int, stencil: Stencil = ISOTROPIC) -> Stencil:
+def refined(factor: float, stencil: Stencil = ISOTROPIC) -> Stencil:
     """The stencil for a grid of `factor` px a unit of length."""
     return Stencil(*(factor**2 * weight for weight in stencil))
 
@@ -292,7 +292,7 @@ def boundary_energy_errors(factors: list[int]) -> list[float]:
     return errors
 
 
-def moving_boundary_errors(factors: list[int]) -> list[float]:
+def moving_boundary_errors(factors: list[float]) -> list[float]:
     """Relative errors, on grids that are so many times finer, of the time in which a circle shrinks from radius 10 to 7.
 
     Against the radial problem on a fine grid, `shrinking_ball`. The time step is the same on all grids.
@@ -306,7 +306,8 @@ def moving_boundary_errors(factors: list[int]) -> list[float]:
     exact = passage(shrinking_ball(12, times, dimensions=2, spacing=1 / 16))
     errors = []
     for factor in factors:
-        y, x = (np.mgrid[:32 * factor, :32 * factor] + 0.5) / factor - 16.2
+        side = round(32 * factor)
+        y, x = (np.mgrid[:side, :side] + 0.5) / factor - 16.2
         growth = GrainGrowth(np.where(x**2 + y**2 < 12**2, 1, 2), 0.025, stencil=refined(factor))
         squares = []
         for _ in times:
