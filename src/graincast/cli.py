@@ -1,4 +1,4 @@
-"""The command line: ``graincast segment``, ``configure``, ``stage`` and ``virtual-sem``."""
+"""The command line: ``graincast segment``, ``configure``, ``simulate``, ``stage`` and ``virtual-sem``."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ def stage(
     if name not in STAGES:
         raise UserError(f"there is no stage '{name}'; {', '.join(STAGES)} would be right")
     STAGES[name](load_config(config), data)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="folder to make, an ImageSet")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="configuration file; default: every default")] = None,
+    structures: Annotated[int, typer.Option(min=1, help="number of structures")] = 300,
+    frames: Annotated[str | None, typer.Option(help="time steps at which to keep each structure, e.g. 0,200,1000; default: the last only")] = None,
+) -> None:
+    """Grow a library of labelled grain structures, or sequences of their growth, from the `simulate` section."""
+    from graincast.simulate.library import simulate_sequences, simulate_set
+
+    settings = (load_config(config) if config else Config()).simulate
+    made = simulate_set(settings, structures, out) if frames is None else simulate_sequences(settings, structures, _steps(frames), out)
+    diameter = f"{made.rows['mean_diameter_px'].mean():.3g} px"
+    if settings.pixel_size_um:
+        diameter += f", {made.rows['mean_diameter_um'].mean():.3g} um"
+    print(f"{out}: {len(made)} images of {made.rows['grains'].mean():.0f} grains on average, mean diameter {diameter}")
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(step) for step in text.split(",")]
+    except ValueError:
+        raise UserError(f"--frames {text}: time steps with commas between them would be right, e.g. 0,200,1000") from None
 
 
 @app.command()

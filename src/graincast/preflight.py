@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graincast.config import Config, Segmenter
+from graincast.config import Config, Segmenter, Simulate
 
 
 def check(config: Config) -> None:
@@ -13,7 +13,8 @@ def check(config: Config) -> None:
     Raises
     ------
     UserError
-        If a device, architecture or encoder is not to be had, or the masks do not belong to the micrographs.
+        If a device, architecture or encoder is not to be had, the simulation is not stable, resolved or too large for the memory, or
+        the masks do not belong to the micrographs.
     """
     default = Segmenter()
     # torch takes seconds to import, which a run from the cache need not spend on the settings that always work
@@ -27,6 +28,10 @@ def check(config: Config) -> None:
         from graincast.segment.network import build_network
 
         build_network(chosen.architecture, chosen.encoder, chosen.encoder_weights)
+    if config.simulate != Simulate():
+        from graincast.simulate import library
+
+        library.check(config.simulate)
     if config.session.folder and config.session.masks:
         from graincast.evaluate.evaluation import check_masks, match_masks
 

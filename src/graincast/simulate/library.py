@@ -84,7 +84,7 @@ def simulate_set(config: Simulate, count: int, out: Path, first: int = 0) -> Ima
     UserError
         If the time step is unstable, the grains do not fit the size or the work the memory.
     """
-    structure.check(config)
+    check(config)
     each = structure.slices(config)
     numbers = range(first // each, -(-(first + count) // each))
     grown = _grow_on_processors(config, numbers) if config.device == "cpu" else _grow_on_device(config, numbers)
@@ -123,8 +123,7 @@ def simulate_sequences(config: Simulate, count: int, steps: Sequence[int], out: 
     UserError
         As for `simulate_set`, and if the steps do not rise.
     """
-    structure.check(config)
-    _workers(config)
+    check(config)
     with ImageSetWriter(out, "sequences", config=config.model_dump()) as writer:
         for index in tqdm(range(count), desc="simulate", unit="structure", disable=None):
             for frame in structure.simulate_frames(config, index, steps):
@@ -134,6 +133,23 @@ def simulate_sequences(config: Simulate, count: int, steps: Sequence[int], out: 
                            seed=config.seed, pixel_size_um=config.pixel_size_um, structure=index, step=frame.step,
                            time=frame.step * config.time_step, grains=grains, **_diameters(diameter, config))
     return ImageSet(out)
+
+
+def check(config: Simulate) -> None:
+    """Refuse what cannot be simulated, or not on this machine.
+
+    Raises
+    ------
+    UserError
+        If the time step is unstable, the field does not hold the grains or obstacles, the free memory does not hold the field, or
+        the device is not there.
+    """
+    structure.check(config)
+    _workers(config)
+    if config.device != "cpu":
+        from graincast.compute import pick_device
+
+        pick_device(config.device)
 
 
 def _grow_on_processors(config: Simulate, numbers: Iterable[int]) -> Iterator[Morphology]:

@@ -56,15 +56,7 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
     >>> field.dtype, round(float(field.mean()), 2)
     (dtype('float32'), 0.1)
     """
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise UserError(f"simulate.size: {shape} is no field, want two or three positive numbers of px")
-    if not SMALLEST_DIAMETER <= diameter <= min(shape) / 5:
-        raise UserError(f"{key}.diameter: {diameter:g} px is outside {SMALLEST_DIAMETER:g} px (as small as the grid resolves) "
-                        f"to {min(shape) / 5:g} px (a fifth of the field's side)")
-    densest = DENSEST[len(shape)] * (diameter / (diameter + GAP)) ** len(shape)
-    if not 0 <= fraction <= densest:
-        raise UserError(f"{key}.fraction: {fraction:g} is outside 0 to {math.floor(100 * densest) / 100:g}, as much as can be "
-                        f"packed at a diameter of {diameter:g} px")
+    check_obstacles(shape, fraction, diameter, key)
     field = np.zeros(shape, np.float32)
     if fraction == 0:
         return field
@@ -75,6 +67,25 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
     for centre, radius in zip(centres, radii, strict=True):
         _paint(field, centre, radius)
     return field
+
+
+def check_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, key: str = "obstacles") -> None:
+    """Refuse obstacles that `scatter_obstacles` could not resolve or pack.
+
+    Raises
+    ------
+    UserError
+        Naming the limit.
+    """
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise UserError(f"simulate.size: {shape} is no field, want two or three positive numbers of px")
+    if not SMALLEST_DIAMETER <= diameter <= min(shape) / 5:
+        raise UserError(f"{key}.diameter: {diameter:g} px is outside {SMALLEST_DIAMETER:g} px (as small as the grid resolves) "
+                        f"to {min(shape) / 5:g} px (a fifth of the field's side)")
+    densest = DENSEST[len(shape)] * (diameter / (diameter + GAP)) ** len(shape)
+    if not 0 <= fraction <= densest:
+        raise UserError(f"{key}.fraction: {fraction:g} is outside 0 to {math.floor(100 * densest) / 100:g}, as much as can be "
+                        f"packed at a diameter of {diameter:g} px")
 
 
 def _draw_radii(shape: tuple[int, ...], fraction: float, diameter: float, rng: np.random.Generator, key: str) -> np.ndarray:

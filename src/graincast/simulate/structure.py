@@ -12,13 +12,13 @@ import numpy as np
 from scipy import ndimage as ndi
 from skimage.measure import label
 
-from graincast.config import Simulate
+from graincast.config import Particles, Pores, Simulate
 from graincast.errors import UserError
 from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, VOLUME_KERNEL, Stencil, anisotropic_stencil, check_time_step
 from graincast.simulate.kinetics import start_area
-from graincast.simulate.obstacles import scatter_obstacles
+from graincast.simulate.obstacles import check_obstacles, scatter_obstacles
 from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import tessellate, voronoi_spread
+from graincast.simulate.tessellation import check_cells, tessellate, voronoi_spread
 
 MEAN_GREY = 0.75
 """Mean grey level of the grains, fraction of full scale: room above for the spread, boundaries dark below."""
@@ -177,14 +177,17 @@ def check(config: Simulate) -> None:
     Raises
     ------
     UserError
-        If the time step is unstable, or the field does not hold the grains.
+        If the time step is unstable, or the field does not hold the grains or obstacles.
     """
     weights = stencil(config)
     kernel = VOLUME_KERNEL if config.depth else weights.kernel
-    check_time_step(config.time_step, kernel, config.pores.fraction + config.particles.fraction > 0)
+    check_time_step(config.time_step, kernel, bool(_obstacles(config)))
     if config.depth and weights != ISOTROPIC:
         raise UserError("simulate.boundary_anisotropy: not available for volumes (simulate.depth), 1 would be right")
-    starting_grains(config)
+    shape, grains = field(config), starting_grains(config)
+    check_cells(shape, grains, *_cells(config).values())
+    for key, part in _obstacles(config).items():
+        check_obstacles(shape, part.fraction, part.diameter * _diameter(shape, grains), key)
 
 
 def starting_grains(config: Simulate) -> int:
@@ -221,8 +224,7 @@ def slices(config: Simulate) -> int:
     """Structures that one volume gives, about a grain diameter apart; 1 for growth in the plane."""
     if config.depth is None:
         return 1
-    diameter = (6 / math.pi * config.size**2 * config.depth / config.grains) ** (1 / 3)
-    return max(1, int(config.depth / diameter))
+    return max(1, int(config.depth / _diameter(field(config), config.grains)))
 
 
 def draw_start(config: Simulate, number: int) -> Start:
@@ -236,22 +238,30 @@ def draw_start(config: Simulate, number: int) -> Start:
     check(config)
     rng = np.random.default_rng([config.seed, number])
     shape, grains = field(config), starting_grains(config)
-    labels = tessellate(shape, grains, rng, regularity=config.regularity, area_spread=config.area_spread, coarse_share=config.coarse_share,
-                        coarse_ratio=config.coarse_ratio, elongation=config.elongation, elongation_deg=config.elongation_deg)
+    labels = tessellate(shape, grains, rng, **_cells(config))
     greys = np.clip(rng.normal(MEAN_GREY, config.grey_spread, grains), DARKEST_GREY, 1)
     fading = rng.random(grains)
-    pores, particles = (_scatter(shape, grains, key, rng, part.fraction, part.diameter)
-                        for key, part in (("simulate.pores", config.pores), ("simulate.particles", config.particles)))
-    return Start(labels, pores, particles, greys, fading)
+    scattered = {key: scatter_obstacles(shape, part.fraction, part.diameter * _diameter(shape, grains), rng, key)
+                 for key, part in _obstacles(config).items()}
+    return Start(labels, scattered.get("simulate.pores"), scattered.get("simulate.particles"), greys, fading)
 
 
-def _scatter(shape: tuple[int, ...], grains: int, key: str, rng: np.random.Generator, fraction: float, diameter: float) -> np.ndarray | None:
-    """Obstacles whose diameter is given as a fraction of the mean grain diameter."""
-    if fraction == 0:
-        return None
+def _cells(config: Simulate) -> dict[str, Any]:
+    """What `tessellate` and `check_cells` take of the settings, in their order."""
+    return {"regularity": config.regularity, "area_spread": config.area_spread, "coarse_share": config.coarse_share,
+            "coarse_ratio": config.coarse_ratio, "elongation": config.elongation, "elongation_deg": config.elongation_deg}
+
+
+def _obstacles(config: Simulate) -> dict[str, Pores | Particles]:
+    """The kinds of obstacles there are, by key."""
+    kinds: dict[str, Pores | Particles] = {"simulate.pores": config.pores, "simulate.particles": config.particles}
+    return {key: kind for key, kind in kinds.items() if kind.fraction > 0}
+
+
+def _diameter(shape: tuple[int, ...], grains: int) -> float:
+    """Diameter of the circle or sphere of mean grain size, px."""
     content = math.prod(shape) / grains
-    grain = math.sqrt(4 / math.pi * content) if len(shape) == 2 else (6 / math.pi * content) ** (1 / 3)
-    return scatter_obstacles(shape, fraction, diameter * grain, rng, key)
+    return math.sqrt(4 / math.pi * content) if len(shape) == 2 else (6 / math.pi * content) ** (1 / 3)
 
 
 def grow(config: Simulate, start: Start, threads: int | None = None) -> GrainGrowth:
