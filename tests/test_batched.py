@@ -258,7 +258,8 @@ def test_a_batch_beyond_the_memory_is_refused_before_work_starts(monkeypatch: py
     monkeypatch.setattr(batched, "free_memory", lambda _: 1_000_000_000)
     fitting = structures_at_once((256, 256), "cpu")
     assert 1 <= fitting < structures_at_once((128, 128), "cpu")
-    assert structures_at_once((4096, 4096), "cpu") == 0
+    with pytest.raises(UserError, match=r"simulate\.device: 1 structures of 4096 x 4096 cells .* cpu has 1\.0 GB"):
+        structures_at_once((4096, 4096), "cpu")
     BatchedGrowth(starts, 0.1, device="cpu")
     monkeypatch.setattr(batched, "free_memory", lambda _: 1_000_000)
     with pytest.raises(UserError, match=r"simulate\.device: 6 structures of 64 x 64 .* need .* GB, cpu has 0\.0 GB"):

@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
+import psutil
 import torch
 from torch.nn.functional import pad
 from torch.utils._triton import has_triton
@@ -69,6 +70,9 @@ LAYERS = {2: 12, 3: 28}
 
 TOGETHER = 8
 """Structures whose footprints are updated at a time: enough to keep a device busy, few enough for its memory."""
+
+SHARE = 0.8
+"""Of the free memory, what batches are planned to fill; the rest is for more layers than planned, and for gaps."""
 
 Taps = tuple[tuple[float, int], ...]
 """Weights of a stencil, each with how far away in memory its cell lies."""
@@ -209,11 +213,10 @@ class BatchedGrowth:
 
     def _check_memory(self, layers: int) -> None:
         """Refuse a batch that needs more memory than the device has."""
-        cells, free = math.prod(self.shape), free_memory(self._device)
+        cells = math.prod(self.shape)
         needed = len(self.grains) * _bytes_each(cells, layers) + _bytes_shared(cells, layers)
-        if needed > free:
-            raise UserError(f"simulate.device: {len(self.grains)} structures of {' x '.join(map(str, self.shape))} cells at once need "
-                            f"{needed / 1e9:.1f} GB, {self._device} has {free / 1e9:.1f} GB; fewer at once would be right")
+        if needed > free_memory(self._device):
+            raise _too_large(len(self.grains), self.shape, self._device, needed)
 
     def _parts(self) -> Iterator[slice]:
         return (slice(first, first + TOGETHER) for first in range(0, len(self.grains), TOGETHER))
@@ -303,24 +306,32 @@ def structures_at_once(shape: tuple[int, ...], device: str = "cuda") -> int:
     Returns
     -------
     int
-        0 if not even one fits.
+        At least 1.
 
     Raises
     ------
     UserError
-        If the device is not there.
+        If the device is not there, or not even one structure fits.
     """
-    cells, layers = math.prod(shape), LAYERS[len(shape)]
-    room = free_memory(pick_device(device)) - _bytes_shared(cells, layers)
-    return max(0, room // _bytes_each(cells, layers))
+    cells, layers, place = math.prod(shape), LAYERS[len(shape)], pick_device(device)
+    room = int(SHARE * free_memory(place)) - _bytes_shared(cells, layers)
+    each = _bytes_each(cells, layers)
+    if room < each:
+        raise _too_large(1, shape, place, (each + _bytes_shared(cells, layers)) / SHARE)
+    return room // each
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors may still take on a device; of the CPU, the machine's whole memory."""
+    """Bytes that tensors may still take on a device."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().available
+
+
+def _too_large(structures: int, shape: tuple[int, ...], device: torch.device, needed: float) -> UserError:
+    return UserError(f"simulate.device: {structures} structures of {' x '.join(map(str, shape))} cells at once need {needed / 1e9:.1f} GB, "
+                     f"{device} has {free_memory(device) / 1e9:.1f} GB free; fewer or smaller ones would be right")
 
 
 def _bytes_each(cells: int, layers: int) -> int:
