@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +26,7 @@ from rich.table import Table
 from scipy.stats import ks_2samp, linregress
 
 from benchmarks import machine
-from graincast.simulate.kinetics import mean_area
 from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import tessellate
 from graincast.store import tracking
 from tests.oracles import (
     History,
@@ -66,13 +63,6 @@ FRACTIONS = [0.0, 0.03, 0.06, 0.12]
 PARTICLE_RADIUS = 3.0  # px
 PINNED_SHAPE, PINNED_GRAINS, PINNED_FRAMES, PINNED_STEPS = (384, 384), 600, 25, 800
 
-LAW_SHAPE, LAW_GRAINS, LAW_STRUCTURES = (768, 768), 900, 2
-LAW_SPREADS = [0.35, 0.42, 0.5]
-"""Coefficients of variation of the initial grain areas for which `graincast.simulate.kinetics` is checked."""
-
-LAW_TIMES = np.arange(1, 7) * 0.2
-"""In units of the initial mean grain area over L kappa."""
-
 Figures = dict[str, Any]
 
 
@@ -100,19 +90,7 @@ def pinned_areas(fraction: float) -> np.ndarray:
     return np.array(mean)
 
 
-def law_areas(area_spread: float, seed: int) -> np.ndarray:
-    """Mean grain areas at `LAW_TIMES` by the initial one, of a structure as the simulator starts it."""
-    growth = GrainGrowth(tessellate(LAW_SHAPE, LAW_GRAINS, np.random.default_rng(seed), area_spread=area_spread), 3 / 16)
-    start = growth.shape[0] * growth.shape[1] / growth.grains
-    mean, done = [], 0
-    for steps in np.rint(LAW_TIMES * start / growth.time_step).astype(int):
-        growth.advance(steps - done)
-        done = steps
-        mean.append(growth.grains / np.unique(growth.labels()).size)
-    return np.array(mean)
-
-
-def evaluate(histories: list[History], angles: np.ndarray, pinned: list[np.ndarray], law: dict[float, np.ndarray]) -> Figures:
+def evaluate(histories: list[History], angles: np.ndarray, pinned: list[np.ndarray]) -> Figures:
     """The figures of all proofs."""
     mean = np.mean([history.mean_areas() for history in histories], axis=0)
     linear = linregress(histories[0].times[LINEAR], mean[LINEAR])
@@ -139,8 +117,6 @@ def evaluate(histories: list[History], angles: np.ndarray, pinned: list[np.ndarr
         "mullins_slopes_by_pi_3": list(slopes), "mean_diameters": list(diameters),
         "mullins_slope_of_large_grains_by_pi_3": linregress(1 / diameters, slopes).intercept,
         "junctions": len(angles), "angle_mean_deviation": np.abs(angles - 120).mean(), "angle_standard_deviation": angles.std(),
-        "law_areas": {f"{spread}": list(mean) for spread, mean in law.items()},
-        "law_error": max(np.abs([mean_area(1, time, spread) for time in LAW_TIMES] / mean - 1).max() for spread, mean in law.items()),
         "pinning": {f"{fraction:g}": {"mean_area": one[-1], "growth_in_the_last_third": one[-1] / one[-PINNED_FRAMES // 3] - 1}
                     for fraction, one in zip(FRACTIONS, pinned, strict=True)},
     }
@@ -178,8 +154,6 @@ def table(figures: Figures) -> Table:
     shown.add_row("... in the limit of large grains", "the circle's rate", f"{figures['mullins_slope_of_large_grains_by_pi_3']:.3f}")
     shown.add_row("junctions: mean of |angle - 120|", "at most 6 degrees", f"{figures['angle_mean_deviation']:.2f} "
                   f"(standard deviation {figures['angle_standard_deviation']:.2f}, {figures['junctions']} junctions)")
-    shown.add_row("mean area against kinetics.mean_area", "", f"at most {figures['law_error']:.1%} off (spreads of {several(LAW_SPREADS)}, "
-                  f"{LAW_STRUCTURES} structures of {LAW_GRAINS} grains each)")
     for fraction, one in figures["pinning"].items():
         shown.add_row(f"Zener: mean area, fraction {fraction}", "",
                       f"{one['mean_area']:.0f} px, {one['growth_in_the_last_third']:+.0%} in the last third")
@@ -252,10 +226,9 @@ def main(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the solver holds no lock
         growing = [pool.submit(grow_history, SHAPE, GRAINS, seed, FRAMES, FRAME_STEPS) for seed in range(STRUCTURES)]
         pinned = list(pool.map(pinned_areas, FRACTIONS))
-        law = {spread: np.mean(list(pool.map(partial(law_areas, spread), range(LAW_STRUCTURES))), axis=0) for spread in LAW_SPREADS}
         histories = [one.result() for one in growing]
     angles = np.concatenate([grain_angles(history.last) for history in histories])
-    figures = json.loads(json.dumps(evaluate(histories, angles, pinned, law), default=float), parse_float=lambda text: float(f"{float(text):.4g}"))
+    figures = json.loads(json.dumps(evaluate(histories, angles, pinned), default=float), parse_float=lambda text: float(f"{float(text):.4g}"))
     (Console() if sys.stdout.isatty() else Console(width=130)).print(table(figures))
     if figure:
         draw(figure, figures, histories, angles, pinned)
