@@ -294,6 +294,24 @@ def test_the_measurement_of_angles_finds_known_ones(angles: tuple[int, int, int]
     assert min(np.abs(np.roll(found, shift) - angles).max() for shift in range(3)) < 2
 
 
+def test_the_count_of_sides_finds_those_of_bricks() -> None:
+    """Bricks in running bond have six neighbours each; one of them split along has five in either half."""
+    row, column = np.mgrid[:48, :64]
+    bricks = row // 8 * 4 + (column + 8 * (row // 8 % 2)) % 64 // 16 + 1
+    assert sides(bricks, 24).tolist() == [6] * 24
+    bricks[(bricks == 10) & (row >= 20)] = 25
+    assert (sides(bricks, 25)[9], sides(bricks, 25)[24], sides(bricks, 25).sum()) == (5, 5, 6 * 25)
+
+
+def test_the_count_of_components_goes_through_the_seams() -> None:
+    mask = np.zeros((9, 12), bool)
+    mask[0, 2:4] = mask[-1, 3] = mask[4, :2] = mask[4, -1] = True
+    assert periodic_components(mask) == 2
+    mask[5, 2] = True  # touches a corner only
+    assert periodic_components(mask) == 3
+    assert periodic_components(np.stack([mask, np.zeros_like(mask), mask])) == 3
+
+
 def test_particles_pin_boundaries() -> None:
     """Zener pinning: with particles the grains all but stop growing, without they go on."""
     start = random_cells((192, 192), 150, seed=11)
