@@ -87,7 +87,7 @@ def simulate_set(config: Simulate, count: int, out: Path, first: int = 0) -> Ima
     check(config)
     each = structure.slices(config)
     numbers = range(first // each, -(-(first + count) // each))
-    grown = _grow_on_processors(config, numbers) if config.device == "cpu" else _grow_on_device(config, numbers)
+    grown = _grow_on_device(config, numbers) if _on_gpu(config) else _grow_on_processors(config, numbers)
     morphologies = tqdm(islice(grown, count), total=count, desc="simulate", unit="structure", disable=None)
     with ImageSetWriter(out, "morphologies", config=config.model_dump()) as writer:
         for index, (picture, labels) in enumerate(morphologies, first):
@@ -146,10 +146,16 @@ def check(config: Simulate) -> None:
     """
     structure.check(config)
     _workers(config)
-    if config.device != "cpu":
-        from graincast.compute import pick_device
+    _on_gpu(config)
 
-        pick_device(config.device)
+
+def _on_gpu(config: Simulate) -> bool:
+    """Whether structures grow on a GPU."""
+    if config.device == "cpu":
+        return False
+    from graincast.compute import pick_device  # torch takes seconds to import
+
+    return pick_device(config.device).type == "cuda"
 
 
 def _grow_on_processors(config: Simulate, numbers: Iterable[int]) -> Iterator[Morphology]:
@@ -163,7 +169,7 @@ def _grow_on_processors(config: Simulate, numbers: Iterable[int]) -> Iterator[Mo
 
 def _grow_on_device(config: Simulate, numbers: Iterable[int]) -> Iterator[Morphology]:
     """Morphologies of structures (or volumes), in their order; drawn and painted on the processors."""
-    from graincast.simulate.batched import BatchedGrowth, structures_at_once  # torch takes seconds to import
+    from graincast.simulate.batched import BatchedGrowth, structures_at_once
 
     shape = structure.field(config)
     with ThreadPoolExecutor(_workers(config)) as pool:
@@ -176,6 +182,7 @@ def _grow_on_device(config: Simulate, numbers: Iterable[int]) -> Iterator[Morpho
                                    obstacles=obstacles, device=config.device)
             growth.advance(config.steps)
             fields = growth.picture(), growth.picture([start.greys for start in starts]), growth.labels()
+            del growth  # the next batch is planned for the memory that is free
             yield from chain.from_iterable(pool.map(lambda grown: structure.render(config, *grown), zip(starts, *fields, strict=True)))
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,9 @@ from skimage.measure import label
 from graincast.config import Particles, Pores, Simulate
 from graincast.errors import UserError
 from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, VOLUME_KERNEL, Stencil, anisotropic_stencil, check_time_step
-from graincast.simulate.kinetics import start_area
 from graincast.simulate.obstacles import check_obstacles, scatter_obstacles
 from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import check_cells, tessellate, voronoi_spread
+from graincast.simulate.tessellation import SMALLEST_MEAN_AREA, check_cells, tessellate
 
 MEAN_GREY = 0.75
 """Mean grey level of the grains, fraction of full scale: room above for the spread, boundaries dark below."""
@@ -35,6 +35,16 @@ see. They stem from grains about to vanish and from corners of grains that the i
 
 FEWEST_GRAINS = 4
 """Fewest grains that a wanted diameter may lead to; fewer would meet themselves across the periodic border."""
+
+
+TRIAL_GRAINS = 400
+"""Grains left in a trial; their number scatters by about 2 %."""
+
+TRIAL_TOLERANCE = 0.02
+"""Relative error of the mean grain area that ends the trials."""
+
+MOST_TRIALS = 5
+"""Trials after which the last correction has to do; two or three are usual."""
 
 
 class Start(NamedTuple):
@@ -190,9 +200,12 @@ def check(config: Simulate) -> None:
         check_obstacles(shape, part.fraction, part.diameter * _diameter(shape, grains), key)
 
 
+@cache
 def starting_grains(config: Simulate) -> int:
-    """Number of grains at the start: ``config.grains``, or what grows to ``config.grain_diameter_um`` by the law of
-    `graincast.simulate.kinetics` (isotropic, unimodal, without obstacles).
+    """Number of grains at the start: ``config.grains``, or what grows to ``config.grain_diameter_um``.
+
+    The latter is found by growing trial structures of about `TRIAL_GRAINS` grains. Once grains vanish their mean area rises
+    at a rate that hardly depends on the start, so what is missing at the end is what has to be added at the start.
 
     Raises
     ------
@@ -201,17 +214,30 @@ def starting_grains(config: Simulate) -> int:
     """
     if config.grain_diameter_um is None or config.pixel_size_um is None:
         return config.grains
-    area = math.pi / 4 * (config.grain_diameter_um / config.pixel_size_um) ** 2
-    spread = voronoi_spread(config.regularity) if config.area_spread is None else config.area_spread
-    try:
-        grains = round(config.size**2 / start_area(area, config.steps * config.time_step, spread))
-    except ValueError:
-        raise UserError(f"simulate.grain_diameter_um: {config.grain_diameter_um:g} um are only {math.sqrt(4 / math.pi * area):.0f} px, and "
-                        f"grains outgrow them in {config.steps} steps; fewer steps or a smaller pixel_size_um would be right") from None
+    wanted = math.pi / 4 * (config.grain_diameter_um / config.pixel_size_um) ** 2
+    start = wanted
+    for _ in range(MOST_TRIALS):
+        reached = _trial(config, start, wanted)
+        if abs(reached / wanted - 1) < TRIAL_TOLERANCE:
+            break
+        start += wanted - reached
+        if start < SMALLEST_MEAN_AREA:
+            raise UserError(f"simulate.grain_diameter_um: {config.grain_diameter_um:g} um are only {math.sqrt(4 / math.pi * wanted):.0f} px, and "
+                            f"grains outgrow them in {config.steps} steps; fewer steps or a smaller pixel_size_um would be right")
+    grains = round(config.size**2 / start)
     if grains < FEWEST_GRAINS:
         raise UserError(f"simulate.grain_diameter_um: a field of {config.size * config.pixel_size_um:g} um holds only {grains} grains of "
                         f"{config.grain_diameter_um:g} um, want at least {FEWEST_GRAINS}; raise size or pixel_size_um")
     return grains
+
+
+def _trial(config: Simulate, start: float, wanted: float) -> float:
+    """Mean grain area at the end, px, of a structure that starts with the mean area `start`."""
+    size = math.ceil(math.sqrt(TRIAL_GRAINS * wanted))
+    trial = config.model_copy(update={"size": size, "grains": round(size**2 / start), "grain_diameter_um": None})
+    growth = grow(trial, draw_start(trial, 0))
+    growth.advance(config.steps)
+    return size**2 / len(np.unique(growth.labels()))
 
 
 def field(config: Simulate) -> tuple[int, ...]:
