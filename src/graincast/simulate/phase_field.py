@@ -35,7 +35,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
@@ -52,10 +52,13 @@ MARGIN = 4
 square root of kappa. Tails fall by a factor e per px, so what the solver leaves out is below 4e-4 of the order parameter,
 and in phi, where it comes in squared, below 2e-7."""
 
-INTERVAL = 3.2
-"""Time between two updates of windows and runs, in units of 1/L; a boundary moves by a fraction of a pixel in between."""
+INTERVAL = 6.4
+"""Time between two updates of windows and runs, in units of 1/L; a boundary moves by about a pixel at most in between."""
 
-TILE = 8
+FIRST_INTERVAL = 0.4
+"""The same at the start, where sharp boundaries spread; then it doubles."""
+
+TILE = 16
 """Steps that a block of lines takes while it is in the cache."""
 
 WORTH_SKIPPING = 16
@@ -193,17 +196,16 @@ class GrainGrowth:
         """Take `steps` time steps."""
         last = self._step + steps
         with ThreadPoolExecutor(self.threads) as pool:
-            share = pool.map if self.threads > 1 else map
             while self._step < last:
                 until = min(last, self._step + self._interval())
-                runs, bounds, overhangs = self._follow(share)
+                runs, bounds, overhangs = self._follow(pool)
                 while self._step < until:
-                    self._march(min(TILE, until - self._step), runs, bounds, overhangs, share)
+                    self._march(min(TILE, until - self._step), runs, bounds, overhangs, pool)
 
     def _interval(self) -> int:
-        """Steps until windows and runs are next updated: few while the sharp boundaries of the start spread."""
+        """Steps until windows and runs are next updated."""
         time = self._step * self.time_step
-        return max(1, int(min(INTERVAL, max(INTERVAL / 8, time)) / self.time_step))
+        return max(1, round(min(INTERVAL, max(FIRST_INTERVAL, time)) / self.time_step))
 
     def picture(self, weights: np.ndarray | None = None) -> np.ndarray:
         """Sum of the squared order parameters, each times its grain's weight.
@@ -240,20 +242,22 @@ class GrainGrowth:
     @property
     def stepped(self) -> int:
         """Order parameters that each time step computes, as the grains lie now: cells times grains there."""
-        runs, bounds, _ = self._follow(map)
+        with ThreadPoolExecutor(self.threads) as pool:
+            runs, bounds, _ = self._follow(pool)
         return sum(int(runs[first:end, LENGTH].sum()) for first, end in zip(bounds[STEPPED::3], bounds[SOLID::3], strict=False))
 
-    def _follow(self, share: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _follow(self, pool: Executor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the windows to where the grains are now; return the table of runs (see `_find_runs`)."""
-        extents = np.concatenate(list(share(lambda part: _extents(self._cells, self._windows[part], self._places), self._parts())))
+        parts = self._parts()
+        extents = np.concatenate(_share(pool, lambda part: _extents(self._cells, self._windows[part], self._places), parts))
         windows = _fitted(self._windows, extents, self._volume, self._margin)
         places, size = _lay_out(windows, self._volume)
         cells = self._spare if size <= self._spare.size else _aligned(size + size // 4)
         cells[:size] = 0
-        list(share(lambda part: _move(self._cells, self._windows[part], self._places, cells, windows[part], places, self._volume), self._parts()))
+        _share(pool, lambda part: _move(self._cells, self._windows[part], self._places, cells, windows[part], places, self._volume), parts)
         spare = self._cells if self._cells.size == cells.size else _aligned(cells.size)
         self._cells, self._spare, self._windows, self._places = cells, spare, windows, places
-        spans = np.concatenate(list(share(lambda part: _find_spans(cells, windows[part], places, self._volume, self._margin), self._parts())))
+        spans = np.concatenate(_share(pool, lambda part: _find_spans(cells, windows[part], places, self._volume, self._margin), parts))
         runs, bounds, overhangs = _find_runs(windows, places, spans, self._volume, self._around)
         _echo(cells, runs, bounds, self._volume[2])
         spare[:size] = cells[:size]
@@ -265,7 +269,7 @@ class GrainGrowth:
         cuts = [0, *(int(np.searchsorted(lines, lines[-1] * k / self.threads)) for k in range(1, self.threads)), self.grains]
         return [slice(first, end) for first, end in itertools.pairwise(cuts)]
 
-    def _march(self, steps: int, runs: np.ndarray, bounds: np.ndarray, overhangs: np.ndarray, share: Callable[..., Any]) -> None:
+    def _march(self, steps: int, runs: np.ndarray, bounds: np.ndarray, overhangs: np.ndarray, pool: Executor) -> None:
         """Take up to `TILE` steps, in blocks of lines (of layers in volumes)."""
         depth, height, _ = self._volume
         slabs, thickness = (height, 1) if depth == 1 else (depth, height)
@@ -279,7 +283,7 @@ class GrainGrowth:
                        first[part], end[part], growth, thickness, steps)
 
             cuts = [blocks * k // self.threads for k in range(self.threads + 1)]
-            list(share(some, [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]))
+            _share(pool, some, [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b])
 
         if shrinks:
             march(edges[:-1], edges[1:], -1)
@@ -289,6 +293,12 @@ class GrainGrowth:
         if steps % 2:
             self._cells, self._spare = self._spare, self._cells
         self._step += steps
+
+
+def _share(pool: Executor, work: Callable[[slice], Any], parts: list[slice]) -> list[Any]:
+    """Results of some work on all parts; this thread does the first, the pool's the others."""
+    others = [pool.submit(work, part) for part in parts[1:]]
+    return [work(parts[0]), *(other.result() for other in others)]
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -419,8 +429,7 @@ def _extents(cells: np.ndarray, windows: np.ndarray, places: np.ndarray) -> np.n
         extent = extents[grain]
         for k in range(window.layers):
             for r in range(window.rows):
-                place = places[window.line + k * window.rows + r]
-                first, end = _outline(cells[place:place + window.columns])
+                first, end = _outline(cells, places[window.line + k * window.rows + r], window.columns)
                 if first < end:
                     extent[0], extent[1] = min(extent[0], k), max(extent[1], k)
                     extent[2], extent[3] = min(extent[2], r), max(extent[3], r)
@@ -429,28 +438,29 @@ def _extents(cells: np.ndarray, windows: np.ndarray, places: np.ndarray) -> np.n
 
 
 @numba.njit(cache=True, nogil=True)
-def _outline(line: np.ndarray) -> tuple[int, int]:
-    """First and end of the cells above `SETTLED`."""
-    first, end = 0, line.size
-    while first < end and line[first] <= SETTLED:
-        first += 1
-    while first < end and line[end - 1] <= SETTLED:
-        end -= 1
-    return first, end
+def _outline(cells: np.ndarray, place: int, columns: int) -> tuple[Any, Any]:
+    """First and end of a window line's cells above `SETTLED`; equal if there are none."""
+    first, end, one = np.uint64(place), np.uint64(place + columns), np.uint64(1)
+    while first < end and cells[first] <= SETTLED:
+        first += one
+    while first < end and cells[end - one] <= SETTLED:
+        end -= one
+    return np.int64(first) - place, np.int64(end) - place
 
 
 @numba.njit(cache=True, nogil=True)
-def _interior(line: np.ndarray, first: int, end: int) -> tuple[int, int]:
-    """First and end of the cells settled at 1, if they are in one piece."""
-    while first < end and line[first] < ONE - SETTLED:
-        first += 1
-    after = first
-    while after < end and line[after] >= ONE - SETTLED:
-        after += 1
-    for j in range(after, end):
-        if line[j] >= ONE - SETTLED:
-            return FAR, -FAR
-    return (first, after) if first < after else (FAR, -FAR)
+def _interior(cells: np.ndarray, place: int, first: int, end: int) -> tuple[Any, Any]:
+    """First and end of a window line's cells settled at 1, between two columns, if they are in one piece."""
+    start, stop, one = np.uint64(place + first), np.uint64(place + end), np.uint64(1)
+    while start < stop and cells[start] < ONE - SETTLED:
+        start += one
+    after = start
+    while after < stop and cells[after] >= ONE - SETTLED:
+        after += one
+    pieces = np.uint64(start < after)
+    for j in range(after, stop):
+        pieces += np.uint64(cells[j] >= ONE - SETTLED)
+    return (np.int64(start) - place, np.int64(after) - place) if pieces == one else (FAR, -FAR)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -490,9 +500,8 @@ def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volu
         done += len(own)
         for r in range(len(own)):
             place = places[window.line + r]
-            line = cells[place:place + window.columns]
-            first, end = _outline(line)
-            settled, unsettled = _interior(line, first, end)
+            first, end = _outline(cells, place, window.columns)
+            settled, unsettled = _interior(cells, place, first, end)
             own[r] = (first, settled, unsettled, end) if first < end else (FAR, settled, unsettled, -FAR)
         box = own.reshape(window.layers, window.rows, 4)
         for k in range(window.layers):
@@ -592,8 +601,8 @@ def _echo_line(cells: np.ndarray, runs: np.ndarray, first: int, end: int, width:
         cells[cell - 1], cells[cell + width] = cells[cell + width - 1], cells[cell]
 
 
-# In what follows, positions are unsigned and runs are read number by number: Numba then neither tests them for being
-# negative nor counts references to slices.
+# Positions are unsigned and runs are read number by number, here and where lines are scanned above: Numba then neither tests
+# positions for being negative nor counts references to slices.
 
 
 @numba.njit(cache=True, nogil=True)
@@ -606,7 +615,7 @@ def _march(cells: np.ndarray, spare: np.ndarray, obstacles: np.ndarray, weights:
         old, new = cells, spare
         for step in range(steps):
             for number in range((first[block] - growth * step) * thickness, (end[block] + growth * step) * thickness):
-                line = number % lines
+                line = np.uint64(number % lines)
                 stepped, solid = bounds[3 * line + STEPPED], bounds[3 * line + SOLID]
                 echoed, last = bounds[3 * line + ECHOED], bounds[3 * line + 3]
                 _clear(phi, obstacles, line, width, overhangs[line])
@@ -635,7 +644,7 @@ def _clear(phi: np.ndarray, obstacles: np.ndarray, line: int, width: int, overha
 def _add_up(cells: np.ndarray, runs: np.ndarray, first: int, last: int, phi: np.ndarray) -> None:
     """phi of one line of the field; columns beyond its last one are those from its first one on."""
     lanes, one = np.uint64(LANES), np.uint64(1)
-    for k in range(first, last):
+    for k in range(np.uint64(first), np.uint64(last)):
         cell, column = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN])
         end = column + np.uint64(runs[k, LENGTH])
         while column + lanes <= end:
@@ -652,7 +661,7 @@ def _add_up(cells: np.ndarray, runs: np.ndarray, first: int, last: int, phi: np.
 @numba.njit(cache=True, nogil=True)
 def _add_ones(runs: np.ndarray, first: int, last: int, phi: np.ndarray) -> None:
     """What grain interiors add to phi."""
-    for k in range(first, last):
+    for k in range(np.uint64(first), np.uint64(last)):
         column = np.uint64(runs[k, COLUMN])
         for j in range(np.uint64(runs[k, LENGTH])):
             phi[column + j] += ONE
@@ -672,7 +681,7 @@ def _step_plane(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, first: i
     keep, time, two = splat(weights[0]), splat(weights[1]), splat(np.float32(2))
     across, down, falling, rising = splat(weights[2]), splat(weights[3]), splat(weights[4]), splat(weights[5])
     lanes, one = np.uint64(LANES), np.uint64(1)
-    for k in range(first, last):
+    for k in range(np.uint64(first), np.uint64(last)):
         here, column, length = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN]), np.uint64(runs[k, LENGTH])
         above, below = np.uint64(runs[k, AROUND]), np.uint64(runs[k, AROUND + 1])
         j = np.uint64(0)
@@ -694,7 +703,7 @@ def _step_volume(cells: np.ndarray, spare: np.ndarray, runs: np.ndarray, first: 
     keep, time, two = splat(weights[0]), splat(weights[1]), splat(np.float32(2))
     face, edge = splat(weights[2]), splat(weights[3])
     lanes, one = np.uint64(LANES), np.uint64(1)
-    for k in range(first, last):
+    for k in range(np.uint64(first), np.uint64(last)):
         here, column, length = np.uint64(runs[k, CELL]), np.uint64(runs[k, COLUMN]), np.uint64(runs[k, LENGTH])
         j = np.uint64(0)
         while j < length:
