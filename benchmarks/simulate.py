@@ -32,8 +32,9 @@ from benchmarks import machine
 from benchmarks.peers import FusedNumba, Peer, PlainNumpy, Pystencils, TunedNumpy, require_pystencils
 from graincast.config import Simulate
 from graincast.errors import UserError
-from graincast.simulate.library import simulate_library, simulate_structure
+from graincast.simulate.library import simulate_library
 from graincast.simulate.phase_field import INTERVAL, TILE, GrainGrowth
+from graincast.simulate.structure import simulate_structure
 from graincast.simulate.tessellation import tessellate
 from graincast.store import tracking
 
