@@ -244,7 +244,8 @@ def test_frames_have_to_rise(steps: list[int], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_leaves_no_half_written_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_no_half_written_set(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "set"
     process = subprocess.Popen([Path(sys.executable).with_name("graincast"), "simulate", "--out", out, "--structures", "100000"])
     deadline = time.monotonic() + 60
@@ -253,6 +254,9 @@ def test_a_killed_run_leaves_no_half_written_set(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(timeout=60) != 0
-    assert not list(tmp_path.iterdir())
+    assert not out.exists()
+    if how == signal.SIGINT:  # nothing at all is left where the process could tidy up
+        assert not list(tmp_path.iterdir())
+    assert len(simulate_set(SMALL, 1, out)) == 1

@@ -144,8 +144,8 @@ def check(config: Simulate) -> None:
         If the time step is unstable, the field does not hold the grains or obstacles, the free memory does not hold the field, or
         the device is not there.
     """
-    structure.check(config)
     _workers(config)
+    structure.check(config)
     _on_gpu(config)
 
 

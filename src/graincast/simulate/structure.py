@@ -204,7 +204,7 @@ def check(config: Simulate) -> None:
 def starting_grains(config: Simulate) -> int:
     """Number of grains at the start: ``config.grains``, or what grows to ``config.grain_diameter_um``.
 
-    The latter is found by growing trial structures of about `TRIAL_GRAINS` grains. Once grains vanish their mean area rises
+    The latter is found by growing trial structures of up to `TRIAL_GRAINS` grains. Once grains vanish their mean area rises
     at a rate that hardly depends on the start, so what is missing at the end is what has to be added at the start.
 
     Raises
@@ -215,6 +215,10 @@ def starting_grains(config: Simulate) -> int:
     if config.grain_diameter_um is None or config.pixel_size_um is None:
         return config.grains
     wanted = math.pi / 4 * (config.grain_diameter_um / config.pixel_size_um) ** 2
+    left = round(config.size**2 / wanted)
+    if left < FEWEST_GRAINS:
+        raise UserError(f"simulate.grain_diameter_um: a field of {config.size * config.pixel_size_um:g} um holds only {left} grains of "
+                        f"{config.grain_diameter_um:g} um, want at least {FEWEST_GRAINS}; raise size or pixel_size_um")
     start = wanted
     for _ in range(MOST_TRIALS):
         reached = _trial(config, start, wanted)
@@ -224,16 +228,12 @@ def starting_grains(config: Simulate) -> int:
         if start < SMALLEST_MEAN_AREA:
             raise UserError(f"simulate.grain_diameter_um: {config.grain_diameter_um:g} um are only {math.sqrt(4 / math.pi * wanted):.0f} px, and "
                             f"grains outgrow them in {config.steps} steps; fewer steps or a smaller pixel_size_um would be right")
-    grains = round(config.size**2 / start)
-    if grains < FEWEST_GRAINS:
-        raise UserError(f"simulate.grain_diameter_um: a field of {config.size * config.pixel_size_um:g} um holds only {grains} grains of "
-                        f"{config.grain_diameter_um:g} um, want at least {FEWEST_GRAINS}; raise size or pixel_size_um")
-    return grains
+    return round(config.size**2 / start)
 
 
 def _trial(config: Simulate, start: float, wanted: float) -> float:
     """Mean grain area at the end, px, of a structure that starts with the mean area `start`."""
-    size = math.ceil(math.sqrt(TRIAL_GRAINS * wanted))
+    size = min(math.ceil(math.sqrt(TRIAL_GRAINS * wanted)), 2 * config.size)
     trial = config.model_copy(update={"size": size, "grains": round(size**2 / start), "grain_diameter_um": None})
     growth = grow(trial, draw_start(trial, 0))
     growth.advance(config.steps)
