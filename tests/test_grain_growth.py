@@ -188,12 +188,50 @@ def test_energy_never_rises(stencil: Stencil, particles: int, share_of_bound: fl
     start = random_cells((96, 96), 14, seed=8)
     obstacles = discs(start.shape, particles, 3, seed=8) if particles else None
     growth = GrainGrowth(start, share_of_bound * time_step_bound(stencil.kernel, particles > 0), stencil=stencil, obstacles=obstacles)
+    assert_falls(growth, 400)
+
+
+def test_energy_never_rises_in_a_volume() -> None:
+    assert_falls(GrainGrowth(random_cells((24, 28, 32), 12, seed=9), time_step_bound(VOLUME_KERNEL)), 100)
+
+
+def assert_falls(growth: GrainGrowth, steps: int) -> None:
+    """The energy, at every step."""
     energies = []
-    for _ in range(120):
+    for _ in range(steps):
         energies.append(growth.energy())
-        growth.advance(4)
+        growth.advance(1)
     assert (np.diff(energies) <= 1e-6 * energies[0]).all()
     assert energies[-1] < 0.9 * energies[0]
+
+
+def test_energy_of_the_start() -> None:
+    start = np.repeat([1, 2], 20)[:, None].repeat(40, axis=1)
+    assert GrainGrowth(start, 0.1).energy() == pytest.approx(Dense(start, 0.1).energy()) == 80
+
+
+@pytest.mark.parametrize("piece", [1, 10, 500])
+@pytest.mark.parametrize("radius", [3.2, 5])
+def test_a_grain_that_vanishes_inside_another_leaves_no_trace(radius: float, piece: int) -> None:
+    """The order parameter around it recovers slowly and far from any boundary."""
+    y, x = np.mgrid[:120, :120] - 60
+    start = np.where(x**2 + y**2 <= radius**2, 3, np.where(np.maximum(abs(x), abs(y)) < 40, 1, 2))
+    growth, dense = GrainGrowth(start, 0.1), Dense(start, 0.1)
+    for _ in range(0, 500, piece):
+        growth.advance(piece)
+    dense.advance(500)
+    assert 3 not in growth.labels()
+    assert np.abs(growth.picture() - dense.picture()).max() <= 1e-3
+
+
+def test_how_steps_are_parted_does_not_show() -> None:
+    start = random_cells((96, 112), 14, seed=4)
+    whole, parted = GrainGrowth(start, 0.1), GrainGrowth(start, 0.1)
+    whole.advance(400)
+    for steps in (1, 6, 57, 100, 236):
+        parted.advance(steps)
+        parted.labels()
+    assert (whole.picture() == parted.picture()).all()
 
 
 def orders(errors: list[float], factors: Sequence[float]) -> np.ndarray:

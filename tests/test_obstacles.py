@@ -77,12 +77,12 @@ def test_no_obstacles() -> None:
 
 @pytest.mark.parametrize(("shape", "fraction", "diameter", "message"), [
     ((0, 64), 0.1, 8, r"simulate\.size"),
-    ((64, 64), -0.1, 8, r"obstacle_fraction.*0 to 0\.38"),
-    ((64, 64), 0.4, 8, r"obstacle_fraction.*0 to 0\.38"),
-    ((64, 64), 0.001, 8, r"obstacle_fraction.*less than one"),
-    ((64, 64), 0.1, 2, r"obstacle_diameter.*3 px"),
-    ((64, 64), 0.1, 20, r"obstacle_diameter.*12\.8 px"),
-    ((64, 64), 0.1, float("nan"), r"obstacle_diameter"),
+    ((64, 64), -0.1, 8, r"obstacles.fraction.*0 to 0\.38"),
+    ((64, 64), 0.4, 8, r"obstacles.fraction.*0 to 0\.38"),
+    ((64, 64), 0.001, 8, r"obstacles.fraction.*less than one"),
+    ((64, 64), 0.1, 2, r"obstacles.diameter.*3 px"),
+    ((64, 64), 0.1, 20, r"obstacles.diameter.*12\.8 px"),
+    ((64, 64), 0.1, float("nan"), r"obstacles.diameter"),
 ])
 def test_what_cannot_be_placed_is_refused(shape: tuple[int, ...], fraction: float, diameter: float, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -131,6 +131,8 @@ def test_every_variety_is_labelled_and_reproducible(options: dict[str, Any]) -> 
     picture, labels = simulate_structure(config, 0, threads=1)
     assert 8 < labels.max() < 40
     assert all(ndimage.label(labels == one)[1] == 1 for one in range(1, labels.max() + 1))
+    for here, there in ((labels[:-1], labels[1:]), (labels[:, :-1], labels[:, 1:])):
+        assert not ((here != there) & (here > 0) & (there > 0)).any()
     again, labels_again = simulate_structure(config, 0, threads=2)
     assert (picture == again).all()
     assert (labels == labels_again).all()
@@ -226,6 +228,10 @@ def test_batches_on_a_device_give_the_same_structures() -> None:
     ({"particles": {"fraction": 0.1, "diameter": 0.05}}, "simulate.particles.diameter: .* px is outside 3 px"),
     ({"pixel_size_um": 1.0, "grain_diameter_um": 80.0}, "simulate.grain_diameter_um: a field of 96 um holds only 2 grains of 80 um, want at least 4"),
     ({"pixel_size_um": 1.0, "grain_diameter_um": 8.0, "steps": 3000}, "simulate.grain_diameter_um: 8 um are only 8 px, and grains outgrow them"),
+    ({"pixel_size_um": 1.0, "grain_diameter_um": 5.0}, "simulate.grain_diameter_um: 5 um are only 5 px, want at least 6.2 px"),
+    ({"size": 2**32}, "simulate.size: 4294967296 x 4294967296 px need about 1.48e[+]12 GB of memory"),
+    ({"coarse_share": 0.01}, "simulate.coarse_share"),
+    ({"pores": {"fraction": 0.0001, "diameter": 0.3}}, "simulate.pores.fraction: 0.0001 is less than one obstacle"),
     ({"device": "cuda:7"}, "device 'cuda:7' is not there"),
     ({"device": "gpu"}, "device 'gpu' is unknown"),
 ])

@@ -19,7 +19,7 @@ from graincast.errors import UserError
 class Section(BaseModel):
     """Base of every section: unknown keys refused, values frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VirtualSem(Section):
@@ -75,7 +75,7 @@ class VirtualSession(Section):
         description="coefficient of variation of the grain areas before they relax",
     )
     sem: VirtualSem = VirtualSem()
-    seed: int = Field(101, ge=0, description="seed of grains and imaging")
+    seed: int = Field(101, ge=0, lt=2**63, description="seed of grains and imaging")
 
 
 class Session(Section):
@@ -152,7 +152,7 @@ class Simulate(Section):
     boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses; drawn for each anew")
     boundary_level: float = Field(0.75, gt=0, lt=1, description="pixels where phi = sum eta^2 lies below this are boundary")
     device: str = Field("cpu", description="cpu, or where structures grow in batches: auto (CUDA when it is there), cuda or cuda:N")
-    seed: int = Field(0, ge=0, description="seed; structure k of the library depends on (seed, k) alone")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed; structure k of the library depends on (seed, k) alone")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -191,7 +191,7 @@ class Translator(Section):
     identity_weight: float = Field(2.0, ge=0, description="weight of the identity losses")
     polarity_weight: float = Field(1.0, ge=0, description="weight of the guard against contrast inversion")
     pool: int = Field(50, ge=0, description="images in the history pool that feeds the discriminators; 0: none")
-    seed: int = Field(0, ge=0, description="seed of initial weights, crops and noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, crops and noise")
     device: str = Field("auto", description="auto (CUDA when it is there), cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast where the processor has it in hardware")
 
@@ -201,7 +201,7 @@ class Synthesise(Section):
 
     copies: int = Field(1, ge=1, description="translations drawn from each morphology, with different noise")
     min_fidelity: float = Field(0.5, ge=-1, le=1, description="label fidelity below which a translated image is dropped")
-    seed: int = Field(0, ge=0, description="seed of the noise that the translator adds")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise that the translator adds")
 
 
 class Augment(Section):
@@ -228,7 +228,7 @@ class Segmenter(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest")
     patience: int = Field(8, ge=1, description="epochs without a better validation loss before training stops")
     augment: Augment = Augment()
-    seed: int = Field(0, ge=0, description="seed of initial weights, crops and augmentation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, crops and augmentation")
     device: str = Field("auto", description="auto (CUDA when it is there), cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast where the processor has it in hardware")
 

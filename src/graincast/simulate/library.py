@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,7 @@ def simulate_sequences(config: Simulate, count: int, steps: Sequence[int], out: 
     Parameters
     ----------
     config : Simulate
-        The simulator's settings; ``config.steps`` does not matter.
+        The simulator's settings; ``config.steps`` and ``config.device`` do not matter, all processors share a structure.
     count : int
         Number of structures.
     steps : sequence of int
@@ -145,8 +146,8 @@ def check(config: Simulate) -> None:
         the device is not there.
     """
     _workers(config)
-    structure.check(config)
     _on_gpu(config)
+    structure.draw_start(config, 0)  # what does not fit shows in one structure as in all
 
 
 def _on_gpu(config: Simulate) -> bool:
@@ -195,10 +196,11 @@ def _workers(config: Simulate) -> int:
         If it does not do for one.
     """
     shape = structure.field(config)
-    needed = MEMORY_PER_CELL[len(shape)] * int(np.prod(shape))
+    largest = structure.LARGEST_TRIAL**2 if config.grain_diameter_um else 1
+    needed = MEMORY_PER_CELL[len(shape)] * math.prod(shape) * largest
     free = psutil.virtual_memory().available
     if needed > free:
-        side = int((free / MEMORY_PER_CELL[len(shape)] / (config.depth or 1)) ** 0.5)
+        side = math.isqrt(int(free / MEMORY_PER_CELL[len(shape)] / largest / (config.depth or 1)))
         raise UserError(f"simulate.size: {' x '.join(map(str, shape))} px need about {needed / 1e9:.3g} GB of memory and "
                         f"{free / 1e9:.3g} GB are free; a size of at most {side} would be right")
     return min(os.cpu_count() or 1, free // needed)

@@ -45,12 +45,20 @@ from graincast.simulate.free_energy import ISOTROPIC, VOLUME_KERNEL, Stencil, ch
 from graincast.simulate.simd import LANES, load, splat, store
 
 SETTLED = np.float32(0.02)
-"""A cell is settled when its order parameter is this near to 0 or 1, and so are its neighbours within `MARGIN`."""
+"""Outside a grain a cell is settled when its order parameter is below this, and so are those within `MARGIN` of it."""
 
 MARGIN = 4
-"""Width of the settled rim that is stepped all the same, px, where kappa is 1; it goes with the width of boundaries, the
-square root of kappa. Tails fall by a factor e per px, so what the solver leaves out is below 4e-4 of the order parameter,
-and in phi, where it comes in squared, below 2e-7."""
+"""Width of the settled rim outside that is stepped all the same, px, where kappa is 1; it goes with the width of boundaries,
+the square root of kappa. Tails fall by a factor e per px, so what the solver leaves out is below 4e-4 of the order
+parameter, and in phi, where it comes in squared, below 2e-7."""
+
+SOLID = np.float32(1 - 2e-4)
+"""Inside a grain a cell is settled when its order parameter is above this, and so are those within `RIM` of it; it then
+stays as it is. The bound is so tight because not only boundaries are unsettled: where a grain has vanished inside another,
+the order parameter recovers slowly."""
+
+RIM = 2
+"""Width of the settled rim inside that is stepped all the same, px, where kappa is 1."""
 
 INTERVAL = 6.4
 """Time between two updates of windows and runs, in units of 1/L; a boundary moves by about a pixel at most in between."""
@@ -76,7 +84,7 @@ CELL, COLUMN, LENGTH, AROUND = 0, 1, 2, 3
 """A run, a row of integers: place in memory and field column of its first cell, number of cells, then the places of the
 cells beside its first cell on the neighbouring lines (two in a plane, eight in a volume)."""
 
-STEPPED, SOLID, ECHOED = range(3)
+STEPPED, INSIDE, ECHOED = range(3)
 """Kinds of runs: cells to step; cells settled at 1, which count in phi only; lines whose ends are to be echoed."""
 
 PLANE = np.array([(0, -1), (0, 1)])
@@ -175,8 +183,9 @@ class GrainGrowth:
         self.grains = int(labels.max())
         self.time_step = time_step
         self.threads = threads
-        self._step = 0
-        self._margin = math.ceil(MARGIN * math.sqrt(stencil.stiffness) - 1e-9)
+        self._step = self._due = 0
+        self._runs, self._bounds, self._overhangs = np.zeros((0, AROUND), np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
+        self._margin, self._rim = (math.ceil(width * math.sqrt(stencil.stiffness) - 1e-9) for width in (MARGIN, RIM))
         self._volume = labels.shape if labels.ndim == 3 else (1, *labels.shape)
         self._around = PLANE if labels.ndim == 2 else VOLUME
         keep = 1 + time_step * (1 + self._kernel[(1,) * labels.ndim])
@@ -191,16 +200,17 @@ class GrainGrowth:
         self._spare = _aligned(size)
         level = np.ones(self._volume) if obstacles is None else np.sqrt(np.maximum(1 - 2 * obstacles, 0))  # at rest in an obstacle
         _fill(self._cells, self._windows, self._places, labels.reshape(self._volume).astype(np.int32), level.reshape(self._volume))
+        _echo(self._cells, self._windows, self._places, self._volume[2])
 
     def advance(self, steps: int) -> None:
-        """Take `steps` time steps."""
+        """Take `steps` time steps; how they are parted among calls does not matter."""
         last = self._step + steps
         with ThreadPoolExecutor(self.threads) as pool:
             while self._step < last:
-                until = min(last, self._step + self._interval())
-                runs, bounds, overhangs = self._follow(pool)
-                while self._step < until:
-                    self._march(min(TILE, until - self._step), runs, bounds, overhangs, pool)
+                if self._step == self._due:
+                    self._runs, self._bounds, self._overhangs = self._follow(pool)
+                    self._due += self._interval()
+                self._march(min(TILE, last - self._step, self._due - self._step), pool)
 
     def _interval(self) -> int:
         """Steps until windows and runs are next updated."""
@@ -241,10 +251,9 @@ class GrainGrowth:
 
     @property
     def stepped(self) -> int:
-        """Order parameters that each time step computes, as the grains lie now: cells times grains there."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            runs, bounds, _ = self._follow(pool)
-        return sum(int(runs[first:end, LENGTH].sum()) for first, end in zip(bounds[STEPPED::3], bounds[SOLID::3], strict=False))
+        """Order parameters that the latest time step computed: cells times grains there."""
+        bounds = self._bounds
+        return sum(int(self._runs[first:end, LENGTH].sum()) for first, end in zip(bounds[STEPPED::3], bounds[INSIDE::3], strict=False))
 
     def _follow(self, pool: Executor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the windows to where the grains are now; return the table of runs (see `_find_runs`)."""
@@ -255,11 +264,11 @@ class GrainGrowth:
         cells = self._spare if size <= self._spare.size else _aligned(size + size // 4)
         cells[:size] = 0
         _share(pool, lambda part: _move(self._cells, self._windows[part], self._places, cells, windows[part], places, self._volume), parts)
+        _echo(cells, windows, places, self._volume[2])
         spare = self._cells if self._cells.size == cells.size else _aligned(cells.size)
         self._cells, self._spare, self._windows, self._places = cells, spare, windows, places
-        spans = np.concatenate(_share(pool, lambda part: _find_spans(cells, windows[part], places, self._volume, self._margin), parts))
+        spans = np.concatenate(_share(pool, lambda part: _find_spans(cells, windows[part], places, self._volume, self._margin, self._rim), parts))
         runs, bounds, overhangs = _find_runs(windows, places, spans, self._volume, self._around)
-        _echo(cells, runs, bounds, self._volume[2])
         spare[:size] = cells[:size]
         return runs, bounds, overhangs
 
@@ -269,7 +278,7 @@ class GrainGrowth:
         cuts = [0, *(int(np.searchsorted(lines, lines[-1] * k / self.threads)) for k in range(1, self.threads)), self.grains]
         return [slice(first, end) for first, end in itertools.pairwise(cuts)]
 
-    def _march(self, steps: int, runs: np.ndarray, bounds: np.ndarray, overhangs: np.ndarray, pool: Executor) -> None:
+    def _march(self, steps: int, pool: Executor) -> None:
         """Take up to `TILE` steps, in blocks of lines (of layers in volumes)."""
         depth, height, _ = self._volume
         slabs, thickness = (height, 1) if depth == 1 else (depth, height)
@@ -279,7 +288,7 @@ class GrainGrowth:
 
         def march(first: np.ndarray, end: np.ndarray, growth: int) -> None:
             def some(part: slice) -> None:
-                _march(self._cells, self._spare, self._obstacles, self._weights, runs, bounds, overhangs, self._volume[2],
+                _march(self._cells, self._spare, self._obstacles, self._weights, self._runs, self._bounds, self._overhangs, self._volume[2],
                        first[part], end[part], growth, thickness, steps)
 
             cuts = [blocks * k // self.threads for k in range(self.threads + 1)]
@@ -302,7 +311,7 @@ def _share(pool: Executor, work: Callable[[slice], Any], parts: list[slice]) -> 
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Room for `size` float32 numbers, of which every `LANES` begin on a cache line of their own."""
+    """Room for `size` float32 numbers, which begins at the begin of a cache line."""
     unit = 64 // 4
     room = np.empty(size + unit, np.float32)
     skip = -(room.ctypes.data // 4) % unit
@@ -452,14 +461,14 @@ def _outline(cells: np.ndarray, place: int, columns: int) -> tuple[Any, Any]:
 def _interior(cells: np.ndarray, place: int, first: int, end: int) -> tuple[Any, Any]:
     """First and end of a window line's cells settled at 1, between two columns, if they are in one piece."""
     start, stop, one = np.uint64(place + first), np.uint64(place + end), np.uint64(1)
-    while start < stop and cells[start] < ONE - SETTLED:
+    while start < stop and cells[start] < SOLID:
         start += one
     after = start
-    while after < stop and cells[after] >= ONE - SETTLED:
+    while after < stop and cells[after] >= SOLID:
         after += one
     pieces = np.uint64(start < after)
     for j in range(after, stop):
-        pieces += np.uint64(cells[j] >= ONE - SETTLED)
+        pieces += np.uint64(cells[j] >= SOLID)
     return (np.int64(start) - place, np.int64(after) - place) if pieces == one else (FAR, -FAR)
 
 
@@ -490,7 +499,7 @@ def _copy(source: np.ndarray, at: int, target: np.ndarray, to: int, count: int) 
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...], margin: int) -> np.ndarray:
+def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volume: tuple[int, ...], margin: int, rim: int) -> np.ndarray:
     """Columns to step in each window line, (lines, 4): from the first to the settled ones, from their end to the end."""
     depth, height, width = volume
     spans = np.empty(((windows["layers"] * windows["rows"]).sum(), 4), np.int64)
@@ -505,18 +514,19 @@ def _find_spans(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, volu
             own[r] = (first, settled, unsettled, end) if first < end else (FAR, settled, unsettled, -FAR)
         box = own.reshape(window.layers, window.rows, 4)
         for k in range(window.layers):
-            _spread(box[k], window.rows == height, margin)
+            _spread(box[k], window.rows == height, margin, rim)
         if depth > 1:
             for r in range(window.rows):
-                _spread(box[:, r], window.layers == depth, margin)
+                _spread(box[:, r], window.layers == depth, margin, rim)
         for span in own:
-            _round_up(span, window.columns, width, margin)
+            _round_up(span, window.columns, width, margin, rim)
     return spans
 
 
 @numba.njit(cache=True, nogil=True)
-def _spread(spans: np.ndarray, periodic: bool, margin: int) -> None:
-    """Widen the stepped columns of each line, (n, 4), to those of the lines within `margin` of it."""
+def _spread(spans: np.ndarray, periodic: bool, margin: int, rim: int) -> None:
+    """Let each line, (n, 4), step the columns that lines within `margin` of it have outside the settled ones, and skip only
+    those that lines within `rim` of it skip, too."""
     count = len(spans)
     raw = spans.copy()
     for r in range(count):
@@ -526,15 +536,19 @@ def _spread(spans: np.ndarray, periodic: bool, margin: int) -> None:
                 near %= count
             if 0 <= near < count:
                 span[0], span[3] = min(span[0], raw[near, 0]), max(span[3], raw[near, 3])
+        for near in range(r - rim, r + rim + 1):
+            if periodic:
+                near %= count
+            if 0 <= near < count:
                 span[1], span[2] = max(span[1], raw[near, 1]), min(span[2], raw[near, 2])
             else:
                 span[1], span[2] = FAR, -FAR
 
 
 @numba.njit(cache=True, nogil=True)
-def _round_up(span: np.ndarray, columns: int, width: int, margin: int) -> None:
-    """Add the margin in the direction of the line and lengthen the runs to whole vectors."""
-    first, settled, unsettled, end = span[0] - margin, span[1] + margin, span[2] - margin, span[3] + margin
+def _round_up(span: np.ndarray, columns: int, width: int, margin: int, rim: int) -> None:
+    """Add margin and rim in the direction of the line and lengthen the runs to whole vectors."""
+    first, settled, unsettled, end = span[0] - margin, span[1] + rim, span[2] - rim, span[3] + margin
     if first >= end:
         span[:] = 0
         return
@@ -567,7 +581,7 @@ def _find_runs(windows: np.ndarray, places: np.ndarray, spans: np.ndarray, volum
                 here, span = places[window.line + k * window.rows + r], spans[window.line + k * window.rows + r]
                 line = _field_line(window, k, r, depth, height)
                 for part in range(4):
-                    kind = (STEPPED, SOLID, STEPPED, ECHOED)[part]
+                    kind = (STEPPED, INSIDE, STEPPED, ECHOED)[part]
                     at, end = (span[part], span[part + 1]) if part < 3 else (0, window.columns // width)
                     if at < end:
                         run = loose[count]
@@ -588,17 +602,25 @@ def _find_runs(windows: np.ndarray, places: np.ndarray, spans: np.ndarray, volum
 
 
 @numba.njit(cache=True, nogil=True)
-def _echo(cells: np.ndarray, runs: np.ndarray, bounds: np.ndarray, width: int) -> None:
-    """Echo the ends of all lines as wide as the field."""
-    for line in range((bounds.size - 1) // 3):
-        _echo_line(cells, runs, bounds[3 * line + ECHOED], bounds[3 * line + 3], width)
+def _echo(cells: np.ndarray, windows: np.ndarray, places: np.ndarray, width: int) -> None:
+    """Echo the ends of all window lines as wide as the field."""
+    for grain in range(windows.size):
+        window = windows[grain]
+        if window.columns == width:
+            for r in range(window.layers * window.rows):
+                _echo_ends(cells, places[window.line + r], width)
+
+
+@numba.njit(cache=True, nogil=True)
+def _echo_ends(cells: np.ndarray, cell: int, width: int) -> None:
+    """Echo the ends of a line that starts at `cell`."""
+    cells[cell - 1], cells[cell + width] = cells[cell + width - 1], cells[cell]
 
 
 @numba.njit(cache=True, nogil=True)
 def _echo_line(cells: np.ndarray, runs: np.ndarray, first: int, end: int, width: int) -> None:
     for k in range(first, end):
-        cell = runs[k, CELL]
-        cells[cell - 1], cells[cell + width] = cells[cell + width - 1], cells[cell]
+        _echo_ends(cells, runs[k, CELL], width)
 
 
 # Positions are unsigned and runs are read number by number, here and where lines are scanned above: Numba then neither tests
@@ -616,16 +638,16 @@ def _march(cells: np.ndarray, spare: np.ndarray, obstacles: np.ndarray, weights:
         for step in range(steps):
             for number in range((first[block] - growth * step) * thickness, (end[block] + growth * step) * thickness):
                 line = np.uint64(number % lines)
-                stepped, solid = bounds[3 * line + STEPPED], bounds[3 * line + SOLID]
+                stepped, inside = bounds[3 * line + STEPPED], bounds[3 * line + INSIDE]
                 echoed, last = bounds[3 * line + ECHOED], bounds[3 * line + 3]
                 _clear(phi, obstacles, line, width, overhangs[line])
-                _add_up(old, runs, stepped, solid, phi)
-                _add_ones(runs, solid, echoed, phi)
+                _add_up(old, runs, stepped, inside, phi)
+                _add_ones(runs, inside, echoed, phi)
                 _fold(phi, width, overhangs[line])
                 if weights.size == 6:
-                    _step_plane(old, new, runs, stepped, solid, phi, weights)
+                    _step_plane(old, new, runs, stepped, inside, phi, weights)
                 else:
-                    _step_volume(old, new, runs, stepped, solid, phi, weights)
+                    _step_volume(old, new, runs, stepped, inside, phi, weights)
                 _echo_line(new, runs, echoed, last, width)
             old, new = new, old
 

@@ -36,12 +36,14 @@ see. They stem from grains about to vanish and from corners of grains that the i
 FEWEST_GRAINS = 4
 """Fewest grains that a wanted diameter may lead to; fewer would meet themselves across the periodic border."""
 
-
 TRIAL_GRAINS = 400
 """Grains left in a trial; their number scatters by about 2 %."""
 
 TRIAL_TOLERANCE = 0.02
 """Relative error of the mean grain area that ends the trials."""
+
+LARGEST_TRIAL = 2
+"""Side of the field of a trial by that of a structure, at most."""
 
 MOST_TRIALS = 5
 """Trials after which the last correction has to do; two or three are usual."""
@@ -152,9 +154,9 @@ def simulate_frames(config: Simulate, index: int, steps: Sequence[int], threads:
     index : int
         Which structure, as for `simulate_structure`: the same grains, greys and boundaries.
     steps : sequence of int
-        Time steps at which to look, rising, from 0 on.
+        Time steps at which to look, rising, from 0 on. At step 0 boundaries are sharp: no pixel is boundary yet.
     threads : int, optional
-        Processors to use, default all.
+        Processors to use, default all; ``config.device`` does not matter.
 
     Yields
     ------
@@ -215,6 +217,9 @@ def starting_grains(config: Simulate) -> int:
     if config.grain_diameter_um is None or config.pixel_size_um is None:
         return config.grains
     wanted = math.pi / 4 * (config.grain_diameter_um / config.pixel_size_um) ** 2
+    if wanted < SMALLEST_MEAN_AREA:
+        raise UserError(f"simulate.grain_diameter_um: {config.grain_diameter_um:g} um are only {math.sqrt(4 / math.pi * wanted):.2g} px, want at "
+                        f"least {math.sqrt(4 / math.pi * SMALLEST_MEAN_AREA):.2g} px; a smaller pixel_size_um would be right")
     left = round(config.size**2 / wanted)
     if left < FEWEST_GRAINS:
         raise UserError(f"simulate.grain_diameter_um: a field of {config.size * config.pixel_size_um:g} um holds only {left} grains of "
@@ -233,7 +238,7 @@ def starting_grains(config: Simulate) -> int:
 
 def _trial(config: Simulate, start: float, wanted: float) -> float:
     """Mean grain area at the end, px, of a structure that starts with the mean area `start`."""
-    size = min(math.ceil(math.sqrt(TRIAL_GRAINS * wanted)), 2 * config.size)
+    size = min(math.ceil(math.sqrt(TRIAL_GRAINS * wanted)), LARGEST_TRIAL * config.size)
     trial = config.model_copy(update={"size": size, "grains": round(size**2 / start), "grain_diameter_um": None})
     growth = grow(trial, draw_start(trial, 0))
     growth.advance(config.steps)
@@ -345,7 +350,8 @@ def _fading(dense: np.ndarray, fading: np.ndarray) -> np.ndarray:
     """
     window = 9  # px, wider than a boundary
     low, high = ndi.minimum_filter(dense, window, mode="wrap"), ndi.maximum_filter(dense, window, mode="wrap")
-    return ndi.gaussian_filter((fading[low - 1] + fading[high - 1]) % 1, 1.5, mode="wrap")
+    by_id = np.concatenate([[0], fading])  # inside an obstacle there may be no grain at all
+    return ndi.gaussian_filter((by_id[low] + by_id[high]) % 1, 1.5, mode="wrap")
 
 
 def separate(labels: np.ndarray) -> np.ndarray:
