@@ -8,6 +8,7 @@ the machine falls on both sides.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import resource
 import shlex
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -33,7 +34,7 @@ from benchmarks.peers import FusedNumba, Peer, PlainNumpy, Pystencils, TunedNump
 from graincast.config import Simulate
 from graincast.errors import UserError
 from graincast.simulate.library import simulate_library
-from graincast.simulate.phase_field import INTERVAL, TILE, GrainGrowth
+from graincast.simulate.phase_field import FIRST_INTERVAL, INTERVAL, TILE, GrainGrowth
 from graincast.simulate.structure import simulate_structure
 from graincast.simulate.tessellation import tessellate
 from graincast.store import tracking
@@ -276,15 +277,26 @@ def updates(scale: Scale, seconds: float) -> Figures:
         stepped.append(growth.stepped)
     mean, cells = statistics.mean(stepped), scale.size**2
     return {"mcell_updates_per_s": mean * scale.steps / seconds / 1e6, "stepped_per_cell": mean / cells,
-            "fraction_touched": mean / (cells * scale.grains), "following_share": _following(growth)}
+            "fraction_touched": mean / (cells * scale.grains), "following_share": _following(growth, scale, seconds)}
 
 
-def _following(growth: GrainGrowth) -> float:
-    """Share of the time in which windows and runs follow the grains: once in `advance`, however few its steps."""
-    steps = int(INTERVAL / growth.time_step)
-    taken = take_turns({"one": partial(growth.advance, 1), "all": partial(growth.advance, steps)}, REPEATS)
-    one, all_of_them = np.median(taken["one"]), np.median(taken["all"])
-    return float(max(0, steps * one - all_of_them) / (steps - 1) / all_of_them)
+def _following(growth: GrainGrowth, scale: Scale, seconds: float) -> float:
+    """Share of the growth's time in which windows and runs follow the grains; `growth` cannot go on after it."""
+    with ThreadPoolExecutor(growth.threads) as pool:
+        one = float(np.median(take_turns({"follow": partial(growth._follow, pool)}, REPEATS)["follow"]))
+    at_first = 1 + math.log2(INTERVAL / FIRST_INTERVAL)
+    return one * (at_first + scale.steps * TIME_STEP / INTERVAL) / seconds
+
+
+def volume(scale: Scale) -> Figures:
+    """Seconds of a thousand steps of a cubic volume, its grains as many cells across as the paper's."""
+    side = scale.size // 4
+    labels = tessellate((side,) * 3, max(2, round(side**3 / 6e4)), np.random.default_rng(0), regularity=0.5)
+    growth = GrainGrowth(labels, TIME_STEP, threads=numba.get_num_threads())
+    growth.advance(FEW_STEPS)
+    taken = take_turns({"volume": partial(growth.advance, FEW_STEPS)}, 2)["volume"]
+    return {"volume_side": side, "volume_grains": growth.grains, "volume_seconds_1000_steps": float(np.median(taken)) * 1000 / FEW_STEPS,
+            "volume_stepped_per_cell": growth.stepped / side**3}
 
 
 def roofline(scale: Scale, done: Figures) -> Figures:
@@ -345,6 +357,7 @@ def measure(scale: Scale, with_pystencils: bool) -> Figures:
     figures |= _announced(structure, scale, peers)
     figures |= _announced(cost_by_grains, scale)
     figures |= _announced(cost_by_side, scale)
+    figures |= _announced(volume, scale)
     figures |= _announced(updates, scale, figures["seconds_growth"])
     figures |= _announced(roofline, scale, figures)
     return figures
@@ -373,6 +386,8 @@ def table(scale: Scale, figures: Figures) -> Table:
     shown.add_row("time", by("structure_s_by_side", "s"), f"of the same, with {FEW_STEPS} steps")
     shown.add_row("cost of a step", by("ns_per_cell_step_by_side", "ns"), "a cell of the field, by side")
     shown.add_row("", by("ns_per_cell_step_by_grains", "ns"), "by number of grains, at the same boundary length per area")
+    shown.add_row("volume", f"{figures['volume_seconds_1000_steps']:.0f} s", f"1000 steps of {figures['volume_side']}^3 cells, "
+                  f"{figures['volume_grains']} grains; {figures['volume_stepped_per_cell']:.1f} updates a cell and step")
     shown.add_row("cell updates", f"{figures['mcell_updates_per_s']:.0f} M/s", f"{figures['stepped_per_cell']:.2f} a cell of the field and step")
     shown.add_row("fraction touched", f"{figures['fraction_touched']:.2%}", "of all order parameters on all cells")
     shown.add_row("share of the roof", f"{figures['roofline_share']:.0%}", f"{FLOPS} operations and {BYTES} bytes an update")
