@@ -14,7 +14,7 @@ lists per cell. Windows and runs follow the grains every `INTERVAL`.
 **Order in memory and time.** The window lines that lie on one line of the field are neighbours in memory. A step of a line
 takes its neighbours from the old buffer and writes to the spare one, so lines may be stepped in any order in which no line
 runs ahead of its neighbours by more than one step. The field is therefore cut into blocks that stay in a core's cache for
-`TILE` steps, each step one line less at either end; then the gaps between the blocks are filled in the same way ("split
+up to `TILE` steps, each step one line less at either end; then the gaps between the blocks are filled in the same way ("split
 tiling" [5]_). Blocks of one phase do not depend on each other, which is how threads share a structure: twice in `TILE`
 steps they wait for each other. Every number comes out of the same operations in the same order whatever their number.
 
@@ -66,8 +66,9 @@ INTERVAL = 6.4
 FIRST_INTERVAL = 0.4
 """The same at the start, where sharp boundaries spread; then it doubles."""
 
-TILE = 16
-"""Steps that a block of lines takes while it is in the cache."""
+TILE = 32
+"""Steps that a block of lines takes while it is in the cache, at most: a block is twice as many lines (in volumes layers), and
+every thread needs one."""
 
 WORTH_SKIPPING = 16
 """Settled cells in a row, from which on leaving them out saves time."""
@@ -187,6 +188,8 @@ class GrainGrowth:
         self._runs, self._bounds, self._overhangs = np.zeros((0, AROUND), np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
         self._margin, self._rim = (math.ceil(width * math.sqrt(stencil.stiffness) - 1e-9) for width in (MARGIN, RIM))
         self._volume = labels.shape if labels.ndim == 3 else (1, *labels.shape)
+        self._slabs = (labels.shape[0], 1 if labels.ndim == 2 else labels.shape[1])  # lines or layers, of how many lines
+        self._tile = max(1, min(TILE, self._slabs[0] // (2 * threads)))
         self._around = PLANE if labels.ndim == 2 else VOLUME
         keep = 1 + time_step * (1 + self._kernel[(1,) * labels.ndim])
         neighbours = stencil if labels.ndim == 2 else (VOLUME_KERNEL[1, 1, 0], VOLUME_KERNEL[1, 0, 0])
@@ -210,7 +213,7 @@ class GrainGrowth:
                 if self._step == self._due:
                     self._runs, self._bounds, self._overhangs = self._follow(pool)
                     self._due += self._interval()
-                self._march(min(TILE, last - self._step, self._due - self._step), pool)
+                self._march(min(self._tile, last - self._step, self._due - self._step), pool)
 
     def _interval(self) -> int:
         """Steps until windows and runs are next updated."""
@@ -279,12 +282,11 @@ class GrainGrowth:
         return [slice(first, end) for first, end in itertools.pairwise(cuts)]
 
     def _march(self, steps: int, pool: Executor) -> None:
-        """Take up to `TILE` steps, in blocks of lines (of layers in volumes)."""
-        depth, height, _ = self._volume
-        slabs, thickness = (height, 1) if depth == 1 else (depth, height)
-        blocks = max(slabs // (2 * TILE), 1)
+        """Take up to `_tile` steps, in blocks of lines (of layers in volumes)."""
+        slabs, thickness = self._slabs
+        blocks = max(slabs // (2 * self._tile), 1)
         edges = np.arange(blocks + 1) * slabs // blocks
-        shrinks = blocks > 1 or slabs >= 2 * TILE
+        shrinks = slabs >= 2 * self._tile
 
         def march(first: np.ndarray, end: np.ndarray, growth: int) -> None:
             def some(part: slice) -> None:
@@ -570,34 +572,33 @@ def _find_runs(windows: np.ndarray, places: np.ndarray, spans: np.ndarray, volum
     """All runs (n, 3 + neighbours); where those of each line of the field and kind start, (3 lines + 1,); and how far the
     runs of each line reach beyond the field's last column, (lines,)."""
     depth, height, width = volume
-    loose = np.empty((4 * places.size, AROUND + len(around)), np.int64)
-    keys = np.empty(len(loose), np.int64)
-    bounds = np.zeros(3 * depth * height + 1, np.int64)
+    runs = np.empty((0, AROUND + len(around)), np.int64)
+    place = np.zeros(3 * depth * height + 1, np.int64)  # first counts runs, then leads to where the next one belongs
+    bounds = place
     overhangs = np.zeros(depth * height, np.int64)
-    count = 0
-    for window in windows:
-        for k in range(window.layers):
-            for r in range(window.rows):
-                here, span = places[window.line + k * window.rows + r], spans[window.line + k * window.rows + r]
-                line = _field_line(window, k, r, depth, height)
-                for part in range(4):
-                    kind = (STEPPED, INSIDE, STEPPED, ECHOED)[part]
-                    at, end = (span[part], span[part + 1]) if part < 3 else (0, window.columns // width)
-                    if at < end:
-                        run = loose[count]
-                        run[CELL], run[COLUMN], run[LENGTH] = here + at, (window.left + at) % width, end - at
-                        for n in range(len(around)):
-                            run[AROUND + n] = _place(window, places, k + around[n, 0], r + around[n, 1], depth, height) + at
-                        keys[count] = 3 * line + kind
-                        bounds[keys[count] + 1] += 1
-                        overhangs[line] = max(overhangs[line], run[COLUMN] + run[LENGTH] - width)
-                        count += 1
-    bounds = np.cumsum(bounds)
-    place = bounds.copy()
-    runs = np.empty((count, loose.shape[1]), np.int64)
-    for n in range(count):
-        runs[place[keys[n]]] = loose[n]
-        place[keys[n]] += 1
+    for filling in (False, True):
+        if filling:
+            bounds = np.cumsum(place)
+            place = bounds.copy()
+            runs = np.empty((bounds[-1], runs.shape[1]), np.int64)
+        for grain in range(windows.size):
+            window = windows[grain]
+            for k in range(window.layers):
+                for r in range(window.rows):
+                    here, span = places[window.line + k * window.rows + r], spans[window.line + k * window.rows + r]
+                    line = _field_line(window, k, r, depth, height)
+                    for part in range(4):
+                        at, end = (span[part], span[part + 1]) if part < 3 else (0, window.columns // width)
+                        key = 3 * line + (STEPPED, INSIDE, STEPPED, ECHOED)[part]
+                        if at < end and not filling:
+                            place[key + 1] += 1
+                        elif at < end:
+                            run = runs[place[key]]
+                            place[key] += 1
+                            run[CELL], run[COLUMN], run[LENGTH] = here + at, (window.left + at) % width, end - at
+                            for n in range(len(around)):
+                                run[AROUND + n] = _place(window, places, k + around[n, 0], r + around[n, 1], depth, height) + at
+                            overhangs[line] = max(overhangs[line], run[COLUMN] + run[LENGTH] - width)
     return runs, bounds, overhangs
 
 
