@@ -213,7 +213,8 @@ class Pystencils:
 def require_pystencils() -> None:
     """Refuse to go on without pystencils."""
     if not all(map(find_spec, ("pystencils", "cpuinfo"))):
-        raise UserError("pystencils is not installed: pip install 'graincast[bench]' brings it, --without-pystencils leaves this comparison out")
+        raise UserError("pystencils or py-cpuinfo is not installed: pip install -e '.[bench]' brings them, --without-pystencils leaves "
+                        "this comparison out")
 
 
 def _aligned(rows: int, grains: int, width: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def grown(peer: type[Peer], steps: int = 60) -> np.ndarray:
 
 @pytest.mark.parametrize("peer", [
     TunedNumpy, FusedNumba,
-    pytest.param(Pystencils, marks=pytest.mark.skipif(not find_spec("pystencils"), reason="pystencils is not installed")),
+    pytest.param(Pystencils, marks=pytest.mark.skipif(not all(map(find_spec, ("pystencils", "cpuinfo"))), reason="not installed: pip install -e '.[bench]'")),
 ])
 def test_peers_agree(peer: type[Peer]) -> None:
     np.testing.assert_allclose(grown(peer), grown(PlainNumpy), atol=2e-6)
