@@ -17,6 +17,7 @@ from graincast.simulate.phase_field import GrainGrowth
 from graincast.simulate.tessellation import tessellate
 
 ROOT = Path(__file__).parents[1]
+GENERATED = all(map(find_spec, ("pystencils", "cpuinfo")))
 START = tessellate((64, 96), 9, np.random.default_rng(4), area_spread=0.35)
 
 
@@ -28,7 +29,7 @@ def grown(peer: type[Peer], steps: int = 60) -> np.ndarray:
 
 @pytest.mark.parametrize("peer", [
     TunedNumpy, FusedNumba,
-    pytest.param(Pystencils, marks=pytest.mark.skipif(not all(map(find_spec, ("pystencils", "cpuinfo"))), reason="not installed: pip install -e '.[bench]'")),
+    pytest.param(Pystencils, marks=pytest.mark.skipif(not GENERATED, reason="needs pystencils and py-cpuinfo: pip install -e '.[bench]'")),
 ])
 def test_peers_agree(peer: type[Peer]) -> None:
     np.testing.assert_allclose(grown(peer), grown(PlainNumpy), atol=2e-6)
