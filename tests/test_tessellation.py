@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from graincast.errors import UserError
 from graincast.simulate.packing import scatter_discs
-from graincast.simulate.tessellation import MOST_REGULAR, SMALLEST_MEAN_AREA, power_cells, tessellate
+from graincast.simulate.tessellation import MOST_REGULAR, SMALLEST_MEAN_AREA, VORONOI_SPREADS, power_cells, tessellate
 
 
 def make(shape: tuple[int, ...], grains: int, seed: int = 0, **options: Any) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_equal_cells_are_equal_to_the_pixel() -> None:
 
 
 # The table in the documentation of `tessellate`.
-@pytest.mark.parametrize(("regularity", "spread"), [(0, 0.53), (0.2, 0.49), (0.4, 0.38), (0.6, 0.23), (0.8, 0.17), (0.9, 0.10)])
+@pytest.mark.parametrize(("regularity", "spread"), VORONOI_SPREADS.items())
 def test_areas_scatter_less_the_more_regular_the_seeds(regularity: float, spread: float) -> None:
     assert variation(areas_of(make((1000, 1000), 1000, 5, regularity=regularity))) == pytest.approx(spread, abs=0.03)
 

@@ -139,11 +139,6 @@ def tessellate(shape: tuple[int, ...], grains: int, rng: np.random.Generator, *,
     return labels
 
 
-def voronoi_spread(regularity: float) -> float:
-    """Coefficient of variation of the areas of plane Voronoi cells, interpolated in `VORONOI_SPREADS`."""
-    return float(np.interp(regularity, list(VORONOI_SPREADS), list(VORONOI_SPREADS.values())))
-
-
 def check_cells(shape: tuple[int, ...], grains: int, regularity: float, area_spread: float | None, coarse_share: float,
                 coarse_ratio: float, elongation: float, elongation_deg: float) -> None:
     """Refuse cells that `tessellate`, which takes the same, could not make.
