@@ -61,7 +61,8 @@ RIM = 2
 """Width of the settled rim inside that is stepped all the same, px, where kappa is 1."""
 
 INTERVAL = 6.4
-"""Time between two updates of windows and runs, in units of 1/L; a boundary moves by about a pixel at most in between."""
+"""Time between two updates of windows and runs, in units of 1/L: in it a grain of radius 3.6 px vanishes, and its neighbours
+come to less than `MARGIN` beyond where they were."""
 
 FIRST_INTERVAL = 0.4
 """The same at the start, where sharp boundaries spread; then it doubles."""
@@ -78,8 +79,8 @@ NARROWEST = LANES
 
 WINDOW = np.dtype([(name, np.int64) for name in ("front", "layers", "top", "rows", "left", "columns", "line")])
 """A grain's window: field position of its first cell, size, and the place of its first line in tables of window lines.
-In memory a line has one more cell at either end, 0 or, where the window is as wide as the field, an echo of the cell at the
-other end."""
+In memory the cells just ahead of a line and behind it are 0 or, where the window is as wide as the field, echo the cell at
+the other end."""
 
 CELL, COLUMN, LENGTH, AROUND = 0, 1, 2, 3
 """A run, a row of integers: place in memory and field column of its first cell, number of cells, then the places of the
@@ -313,7 +314,7 @@ def _share(pool: Executor, work: Callable[[slice], Any], parts: list[slice]) -> 
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Room for `size` float32 numbers, which begins at the begin of a cache line."""
+    """Room for `size` float32 numbers, which starts with a cache line."""
     unit = 64 // 4
     room = np.empty(size + unit, np.float32)
     skip = -(room.ctypes.data // 4) % unit
