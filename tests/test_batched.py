@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+
 import numpy as np
 import pytest
 import torch
-from oracles import Dense, periodic_components
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
@@ -14,6 +14,7 @@ from graincast.errors import UserError
 from graincast.simulate import batched
 from graincast.simulate.batched import INTERVAL, MARGIN, SEPARATION, SETTLED, BatchedGrowth, structures_at_once
 from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, VOLUME_KERNEL, anisotropic_stencil, time_step_bound
+from tests.oracles import Dense, periodic_components
 
 BOUND = time_step_bound(ISOTROPIC.kernel)
 
