@@ -34,7 +34,7 @@ from benchmarks.peers import FusedNumba, Peer, PlainNumpy, Pystencils, TunedNump
 from graincast.config import Simulate
 from graincast.errors import UserError
 from graincast.simulate.library import simulate_library
-from graincast.simulate.phase_field import FIRST_INTERVAL, INTERVAL, TILE, GrainGrowth
+from graincast.simulate.phase_field import INTERVAL, RIM, TILE, GrainGrowth
 from graincast.simulate.structure import simulate_structure
 from graincast.simulate.tessellation import tessellate
 from graincast.store import tracking
@@ -284,7 +284,7 @@ def _following(growth: GrainGrowth, scale: Scale, seconds: float) -> float:
     """Share of the growth's time in which windows and runs follow the grains; `growth` cannot go on after it."""
     with ThreadPoolExecutor(growth.threads) as pool:
         one = float(np.median(take_turns({"follow": partial(growth._follow, pool)}, REPEATS)["follow"]))
-    at_first = 1 + math.log2(INTERVAL / FIRST_INTERVAL)
+    at_first = 1 + math.log2(INTERVAL / TIME_STEP / RIM)
     return one * (at_first + scale.steps * TIME_STEP / INTERVAL) / seconds
 
 

@@ -44,7 +44,7 @@ def assert_agree(growth: GrainGrowth, dense: Dense, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("shape", "grains", "time_step", "steps"), [
-    ((96, 96), 12, 0.1, 37),
+    *(((96, 96), 12, time_step, steps) for time_step in (0.02, 0.1) for steps in (2, 4, 8, 37)),  # sharp boundaries spread
     ((96, 96), 12, 0.1, 1000),
     ((64, 112), 9, 3 / 16, 1000),
     ((40, 40), 2, 0.1, 300),  # windows as large as the field

@@ -62,10 +62,8 @@ RIM = 2
 
 INTERVAL = 6.4
 """Time between two updates of windows and runs, in units of 1/L: in it a grain of radius 3.6 px vanishes, and its neighbours
-come to less than `MARGIN` beyond where they were."""
-
-FIRST_INTERVAL = 0.4
-"""The same at the start, where sharp boundaries spread; then it doubles."""
+come to less than `MARGIN` beyond where they were. At the start, where sharp boundaries spread, it doubles from as many steps as
+the rim is wide, since a step reaches one cell."""
 
 TILE = 32
 """Steps that a block of lines takes while it is in the cache, at most: a block is twice as many lines (in volumes layers), and
@@ -219,7 +217,7 @@ class GrainGrowth:
     def _interval(self) -> int:
         """Steps until windows and runs are next updated."""
         time = self._step * self.time_step
-        return max(1, round(min(INTERVAL, max(FIRST_INTERVAL, time)) / self.time_step))
+        return max(self._rim, round(min(INTERVAL, time) / self.time_step))
 
     def picture(self, weights: np.ndarray | None = None) -> np.ndarray:
         """Sum of the squared order parameters, each times its grain's weight.
