@@ -27,7 +27,7 @@ from graincast.segment.network import DEPTH_PX, build_network, targets
 from graincast.segment.segmenter import HALO, TILE, predict_maps
 from graincast.segment.segmenter import Segmenter as TrainedSegmenter
 from graincast.segment.train import train_segmenter
-from graincast.simulate.library import simulate_structure
+from graincast.simulate.structure import simulate_structure
 
 QUIET = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
 SMALL = Segmenter(epochs=2, crops_per_image=2, batch=2, crop=64, device="cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from graincast.config import Simulate, Synthesise, Translator
 from graincast.errors import UserError
-from graincast.simulate.library import simulate_structure
+from graincast.simulate.structure import simulate_structure
 from graincast.store.imageset import ImageSet, ImageSetWriter
 from graincast.synthesise.cyclegan.model import Generator
 from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, tone_curve, train_cyclegan
