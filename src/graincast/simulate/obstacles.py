@@ -56,7 +56,7 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
     >>> field.dtype, round(float(field.mean()), 2)
     (dtype('float32'), 0.1)
     """
-    check_obstacles(shape, fraction, diameter, key)
+    _check(shape, fraction, diameter, key)
     field = np.zeros(shape, np.float32)
     if fraction == 0:
         return field
@@ -69,14 +69,8 @@ def scatter_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, 
     return field
 
 
-def check_obstacles(shape: tuple[int, ...], fraction: float, diameter: float, key: str = "obstacles") -> None:
-    """Refuse obstacles that `scatter_obstacles` could not resolve or pack.
-
-    Raises
-    ------
-    UserError
-        Naming the limit.
-    """
+def _check(shape: tuple[int, ...], fraction: float, diameter: float, key: str = "obstacles") -> None:
+    """Refuse what cannot be made, naming the limit."""
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise UserError(f"simulate.size: {shape} is no field, want two or three positive numbers of px")
     if not SMALLEST_DIAMETER <= diameter <= min(shape) / 5:

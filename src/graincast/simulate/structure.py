@@ -16,9 +16,9 @@ from skimage.measure import label
 from graincast.config import Particles, Pores, Simulate
 from graincast.errors import UserError
 from graincast.simulate.free_energy import ISOTROPIC, OBSTACLE, VOLUME_KERNEL, Stencil, anisotropic_stencil, check_time_step
-from graincast.simulate.obstacles import check_obstacles, scatter_obstacles
+from graincast.simulate.obstacles import scatter_obstacles
 from graincast.simulate.phase_field import GrainGrowth
-from graincast.simulate.tessellation import SMALLEST_MEAN_AREA, check_cells, tessellate
+from graincast.simulate.tessellation import SMALLEST_MEAN_AREA, tessellate
 
 MEAN_GREY = 0.75
 """Mean grey level of the grains, fraction of full scale: room above for the spread, boundaries dark below."""
@@ -183,25 +183,6 @@ def simulate_frames(config: Simulate, index: int, steps: Sequence[int], threads:
         yield Frame(step, picture, np.where(phi < config.boundary_level, 0, dense))
 
 
-def check(config: Simulate) -> None:
-    """Refuse what cannot be simulated.
-
-    Raises
-    ------
-    UserError
-        If the time step is unstable, or the field does not hold the grains or obstacles.
-    """
-    weights = stencil(config)
-    kernel = VOLUME_KERNEL if config.depth else weights.kernel
-    check_time_step(config.time_step, kernel, bool(_obstacles(config)))
-    if config.depth and weights != ISOTROPIC:
-        raise UserError("simulate.boundary_anisotropy: not available for volumes (simulate.depth), 1 would be right")
-    shape, grains = field(config), starting_grains(config)
-    check_cells(shape, grains, *_cells(config).values())
-    for key, part in _obstacles(config).items():
-        check_obstacles(shape, part.fraction, part.diameter * _diameter(shape, grains), key)
-
-
 @cache
 def starting_grains(config: Simulate) -> int:
     """Number of grains at the start: ``config.grains``, or what grows to ``config.grain_diameter_um``.
@@ -264,12 +245,13 @@ def draw_start(config: Simulate, number: int) -> Start:
     Raises
     ------
     UserError
-        If the grains or obstacles do not fit the field.
+        If the time step is unstable or the grains or obstacles do not fit the field.
     """
-    check(config)
+    _check_scheme(config)
     rng = np.random.default_rng([config.seed, number])
     shape, grains = field(config), starting_grains(config)
-    labels = tessellate(shape, grains, rng, **_cells(config))
+    labels = tessellate(shape, grains, rng, regularity=config.regularity, area_spread=config.area_spread, coarse_share=config.coarse_share,
+                        coarse_ratio=config.coarse_ratio, elongation=config.elongation, elongation_deg=config.elongation_deg)
     greys = np.clip(rng.normal(MEAN_GREY, config.grey_spread, grains), DARKEST_GREY, 1)
     fading = rng.random(grains)
     scattered = {key: scatter_obstacles(shape, part.fraction, part.diameter * _diameter(shape, grains), rng, key)
@@ -277,10 +259,13 @@ def draw_start(config: Simulate, number: int) -> Start:
     return Start(labels, scattered.get("simulate.pores"), scattered.get("simulate.particles"), greys, fading)
 
 
-def _cells(config: Simulate) -> dict[str, Any]:
-    """What `tessellate` and `check_cells` take of the settings, in their order."""
-    return {"regularity": config.regularity, "area_spread": config.area_spread, "coarse_share": config.coarse_share,
-            "coarse_ratio": config.coarse_ratio, "elongation": config.elongation, "elongation_deg": config.elongation_deg}
+def _check_scheme(config: Simulate) -> None:
+    """Refuse what the solver would, before anything is drawn for it."""
+    weights = stencil(config)
+    kernel = VOLUME_KERNEL if config.depth else weights.kernel
+    check_time_step(config.time_step, kernel, bool(_obstacles(config)))
+    if config.depth and weights != ISOTROPIC:
+        raise UserError("simulate.boundary_anisotropy: not available for volumes (simulate.depth), 1 would be right")
 
 
 def _obstacles(config: Simulate) -> dict[str, Pores | Particles]:

@@ -116,7 +116,7 @@ def tessellate(shape: tuple[int, ...], grains: int, rng: np.random.Generator, *,
     >>> len(areas), round(float(areas.std() / areas.mean()), 2)
     (20, 0.2)
     """
-    check_cells(shape, grains, regularity, area_spread, coarse_share, coarse_ratio, elongation, elongation_deg)
+    _check(shape, grains, regularity, area_spread, coarse_share, coarse_ratio, elongation, elongation_deg)
     if area_spread is None:
         areas = np.full(grains, math.prod(shape) / grains)
     else:
@@ -139,15 +139,9 @@ def tessellate(shape: tuple[int, ...], grains: int, rng: np.random.Generator, *,
     return labels
 
 
-def check_cells(shape: tuple[int, ...], grains: int, regularity: float, area_spread: float | None, coarse_share: float,
+def _check(shape: tuple[int, ...], grains: int, regularity: float, area_spread: float | None, coarse_share: float,
                 coarse_ratio: float, elongation: float, elongation_deg: float) -> None:
-    """Refuse cells that `tessellate`, which takes the same, could not make.
-
-    Raises
-    ------
-    UserError
-        Naming the limit.
-    """
+    """Refuse what cannot be made, naming the limit."""
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise UserError(f"simulate.size: {_by(shape)} is no field, want two or three positive numbers of px")
     if grains < 2:
