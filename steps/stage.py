@@ -56,6 +56,11 @@ def output_folder(name: str = "") -> Path:
     return ROOT / "runs" / context.pipeline_run.name / context.step_run.name / name
 
 
+def checkpoint_folder() -> Path:
+    """Where trainings keep their checkpoints: outside ``runs/<run>``, so that the next run finds those of a killed one."""
+    return ROOT / ".graincast" / "checkpoints"
+
+
 def run_tags(**digests: str) -> dict[str, str | None]:
     """What ties an MLflow run to the rest: the ZenML run, the git commit and the datasets' DVC hashes (name to hash)."""
     run = get_step_context().pipeline_run

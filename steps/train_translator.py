@@ -8,16 +8,17 @@ from graincast.config import Translator
 from graincast.store import tracking
 from graincast.store.imageset import ImageSet
 from graincast.store.versioning import Artifact
-from steps.stage import output_folder, run_tags, stage
+from steps.stage import checkpoint_folder, output_folder, run_tags, stage
 
 
 @stage("run_train_translator", child_run=True)
 def train_translator(config: Translator, morphologies: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "translator"]:
     """A CycleGAN between morphologies and micrographs."""
+    from graincast.checkpoint import Checkpoint
     from graincast.stages import run_train_translator
 
     tracking.log(params=config.model_dump(), tags=run_tags(morphologies=morphologies.digest, micrographs=micrographs.digest))
-    with tracking.MetricLog() as log:
-        folder = run_train_translator(config, morphologies, micrographs, output_folder("translator"), log)
+    with Checkpoint(checkpoint_folder(), "translator") as checkpoint, tracking.MetricLog() as log:
+        folder = run_train_translator(config, morphologies, micrographs, output_folder("translator"), log, checkpoint)
     tracking.log(files=[folder / "sample.png"])
     return Artifact(folder, "translator")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy import ndimage as ndi
 from skimage import measure, segmentation
 from torch import nn
 
+from graincast.compute import ahead
 from graincast.config import Augment, Segmenter, Simulate
 from graincast.errors import UserError
 from graincast.evaluate.metrics import score_labels
@@ -26,7 +28,7 @@ from graincast.segment.instances import instances
 from graincast.segment.network import DEPTH_PX, build_network, targets
 from graincast.segment.segmenter import HALO, TILE, predict_maps
 from graincast.segment.segmenter import Segmenter as TrainedSegmenter
-from graincast.segment.train import train_segmenter
+from graincast.segment.train import _batches, train_segmenter
 from graincast.simulate.structure import simulate_structure
 
 QUIET = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
@@ -42,6 +44,29 @@ def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
 @pytest.fixture(scope="module")
 def trained(pairs) -> TrainedSegmenter:
     return train_segmenter(pairs[:3], pairs[3:], SMALL)
+
+
+class TestAhead:
+    def test_order_is_kept_whatever_finishes_first(self):
+        def slow_when_even(number: int) -> int:
+            time.sleep(0.02 * (number % 2 == 0))
+            return number
+
+        assert list(ahead(slow_when_even, range(9), threads=4)) == list(range(9))
+
+    @pytest.mark.parametrize("threads", [0, 1, 3])
+    def test_a_failure_reaches_the_consumer_in_its_turn(self, threads):
+        results = ahead(lambda number: 6 // number, [1, 2, 0, 3], threads=threads)
+        assert [next(results), next(results)] == [6, 3]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+    def test_no_more_is_made_than_soon_needed(self):
+        made = []
+        results = ahead(made.append, range(100), threads=2)
+        next(results)
+        results.close()
+        assert len(made) <= 5
 
 
 class TestTargets:
@@ -168,6 +193,18 @@ class TestTraining:
         loaded = TrainedSegmenter.load(tmp_path / "a", device="cpu")
         assert loaded.config == SMALL.model_dump()
         assert np.array_equal(loaded.segment(pairs[0][0]), trained.segment(pairs[0][0]))
+
+    def test_background_threads_do_not_show(self, pairs):
+        config = SMALL.model_copy(update={"crops_per_image": 5})
+        made = [list(_batches(pairs, config, np.random.default_rng(0), threads)) for threads in (0, 1, 3)]
+        assert len(made[0]) == 10
+        for other in made[1:]:
+            assert all(torch.equal(a, b) for one, same in zip(made[0], other, strict=True) for a, b in zip(one, same, strict=True))
+
+    def test_batches_differ_within_an_epoch_and_between_epochs(self, pairs):
+        rng = np.random.default_rng(0)
+        images = torch.cat([images for _ in range(2) for images, _ in _batches(pairs[:1], SMALL, rng, 1)]).flatten(1)
+        assert len(images.unique(dim=0)) == len(images) == 4
 
     def test_stops_early(self, pairs):
         epochs = []

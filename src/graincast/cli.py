@@ -158,10 +158,13 @@ def _stage_ingest(config: Config, data: Path) -> None:
 
 
 def _stage_train_translator(config: Config, data: Path) -> None:
+    from graincast.checkpoint import Checkpoint
     from graincast.stages import run_train_translator
     from graincast.store.imageset import ImageSet
 
-    run_train_translator(config.translator, ImageSet(data / "morphologies" / "translator"), ImageSet(data / "micrographs"), data / "translator")
+    with Checkpoint(data / "checkpoints", "translator") as checkpoint:
+        run_train_translator(config.translator, ImageSet(data / "morphologies" / "translator"), ImageSet(data / "micrographs"),
+                             data / "translator", checkpoint=checkpoint)
 
 
 def _stage_synthesise(config: Config, data: Path) -> None:
@@ -173,11 +176,13 @@ def _stage_synthesise(config: Config, data: Path) -> None:
 
 
 def _stage_train_segmenter(config: Config, data: Path) -> None:
+    from graincast.checkpoint import Checkpoint
     from graincast.stages import run_train_segmenter
     from graincast.store.imageset import ImageSet
 
     training, validation = (ImageSet(data / "synthetic" / name) for name in ("training", "validation"))
-    run_train_segmenter(config.segmenter, training, validation, ImageSet(data / "micrographs"), data / "segmenter")
+    with Checkpoint(data / "checkpoints", "segmenter") as checkpoint:
+        run_train_segmenter(config.segmenter, training, validation, ImageSet(data / "micrographs"), data / "segmenter", checkpoint=checkpoint)
 
 
 def _stage_evaluate(config: Config, data: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +19,8 @@ from safetensors.torch import save_file
 
 from graincast.errors import UserError
 
+MAX_BACKGROUND_THREADS = 8
+T = TypeVar("T")
 Log = Callable[[int, Mapping[str, float]], None]
 """Receives (step, losses and metrics by name) while something trains."""
 
@@ -67,6 +73,38 @@ def seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+
+
+def background_threads(device: torch.device) -> int:
+    """Threads that make batches for a training: one where the processor trains, else enough to keep up with CUDA."""
+    return min(MAX_BACKGROUND_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1
+
+
+def ahead(function: Callable[..., T], *arguments: Iterable[Any], threads: int) -> Iterator[T]:
+    """What ``map(function, *arguments)`` gives, in the same order, made beforehand in background threads.
+
+    Parameters
+    ----------
+    function : callable
+        Independent of the order of its calls, so that the number of threads does not show.
+    *arguments : iterable
+        As for `map`; read in the caller's thread.
+    threads : int
+        Each has up to one result made and one in the making. 0: no threads, nothing beforehand.
+    """
+    if not threads:
+        yield from map(function, *arguments)
+        return
+    calls = zip(*arguments, strict=False)
+    pool = ThreadPoolExecutor(threads, "batches")
+    try:
+        pending = deque(pool.submit(function, *call) for call in itertools.islice(calls, 2 * threads))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, *call) for call in itertools.islice(calls, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def random_crop(image: np.ndarray, side: int, rng: np.random.Generator) -> tuple[slice, slice]:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from graincast import config as settings
+from graincast.checkpoint import Checkpoint
 from graincast.compute import Log
 from graincast.errors import UserError
 from graincast.evaluate.evaluation import evaluate, match_masks
@@ -49,12 +50,13 @@ def run_ingest(config: settings.Ingest, source: Path, morphologies: ImageSet, ou
     return ingest(config, source, mean_grain_diameter(morphologies), out, exclude=masks, parents={"morphologies": morphologies.digest})
 
 
-def run_train_translator(config: settings.Translator, morphologies: ImageSet, micrographs: ImageSet, out: Path, log: Log | None = None) -> Path:
+def run_train_translator(config: settings.Translator, morphologies: ImageSet, micrographs: ImageSet, out: Path,
+                         log: Log | None = None, checkpoint: Checkpoint | None = None) -> Path:
     """A translator in `out`: ``translator.safetensors``, ``history.csv`` and ``sample.png`` (simulated beside translated)."""
     history = _History(log)
     images = list(micrographs)
     pictures = list(morphologies)
-    translator = train_cyclegan(pictures, images, config, bright_boundaries=boundaries_are_bright(images), log=history)
+    translator = train_cyclegan(pictures, images, config, bright_boundaries=boundaries_are_bright(images), log=history, checkpoint=checkpoint)
     translator.parents = {"morphologies": morphologies.digest, "micrographs": micrographs.digest}
     with whole_folder(out) as folder:
         translator.save(folder)
@@ -74,11 +76,11 @@ def run_synthesise(config: settings.Synthesise, morphologies: Mapping[str, Image
 
 
 def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet, out: Path,
-                        log: Log | None = None) -> Path:
+                        log: Log | None = None, checkpoint: Checkpoint | None = None) -> Path:
     """A segmenter in `out`: ``segmenter.safetensors`` (with the micrographs' preparation inside) and ``history.csv``."""
     history = _History(log)
     choosing, _ = halves(validation)
-    segmenter = train_segmenter(_pairs(training, range(len(training))), _pairs(validation, choosing), config, log=history)
+    segmenter = train_segmenter(_pairs(training, range(len(training))), _pairs(validation, choosing), config, log=history, checkpoint=checkpoint)
     segmenter.parents = {"training": training.digest, "validation": validation.digest, "micrographs": micrographs.digest}
     segmenter.preparation = Preparation.from_dict(micrographs.info["preparation"])
     with whole_folder(out) as folder:

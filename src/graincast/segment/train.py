@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from graincast.compute import Log, autocast, memory_format, pick_device, seeded
+from graincast.checkpoint import Checkpoint, RandomState, Stateful
+from graincast.compute import Log, ahead, autocast, background_threads, pick_device, seeded
 from graincast.errors import UserError
 from graincast.evaluate.metrics import score_labels
 from graincast.segment.augment import augmented_crop
@@ -28,7 +31,8 @@ SEED_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config: SegmenterConfig, *, log: Log | None = None) -> Segmenter:
+def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config: SegmenterConfig, *,
+                    log: Log | None = None, checkpoint: Checkpoint | None = None) -> Segmenter:
     """Train a segmenter on (image, instance ids) pairs.
 
     Parameters
@@ -39,6 +43,8 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
         Network, schedule, augmentation and seed.
     log : callable, optional
         Called with (epoch, figures) after every epoch.
+    checkpoint : graincast.checkpoint.Checkpoint, optional
+        Where the training goes on from, and leaves its state, in case it is interrupted.
 
     Returns
     -------
@@ -54,19 +60,26 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
     device = pick_device(config.device)
     with seeded(config.seed):
         network = build_network(config.architecture, config.encoder, config.encoder_weights)
-        network = network.to(device).to(memory_format=memory_format(device))
-        optimiser = torch.optim.Adam(network.parameters(), config.learning_rate)
+        # as fast on CPUs as on CUDA: batch norm, unlike the translator's instance norm, does not mind
+        network = network.to(device).to(memory_format=torch.channels_last)
+        optimiser = torch.optim.Adam(network.parameters(), config.learning_rate, fused=True)
         steps = max(1, math.ceil(len(training) * config.crops_per_image / config.batch))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15)
         rng = np.random.default_rng(config.seed)
-        best, best_loss, stale = copy.deepcopy(network.state_dict()), math.inf, 0
-        progress = tqdm(range(config.epochs), desc="segmenter", unit="epoch", disable=None)
+        best = _Best(copy.deepcopy(network.state_dict()))
+        checkpoint = checkpoint or Checkpoint()
+        parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "schedule": schedule, "best": best, "crops": RandomState(rng)}
+        made_of = [config.model_dump(), *itertools.chain(*training), "validation", *itertools.chain(*validation)]
+        done = checkpoint.resume(parts, device, made_of, log)
+        progress = tqdm(range(done, config.epochs), desc="segmenter", unit="epoch", initial=done, total=config.epochs, disable=None)
         for epoch in progress:
+            if best.stale >= config.patience:
+                break
             network.train()
             losses = []
-            for images, truth in _batches(training, config, rng):
+            for images, truth in _batches(training, config, rng, background_threads(device)):
                 with autocast(device, config.precision):
-                    logits = network(images.to(device, memory_format=memory_format(device)))
+                    logits = network(images.to(device, memory_format=torch.channels_last))
                 loss = segmentation_loss(logits.float(), truth.to(device))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -76,18 +89,34 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             val_loss = _validation_loss(network, validation, device, config.precision)
             if not math.isfinite(val_loss):
                 raise UserError(f"the segmenter's loss is no longer finite in epoch {epoch}; a smaller segmenter.learning_rate would be right")
-            if log:
-                log(epoch, {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": float(schedule.get_last_lr()[0])})
             progress.set_postfix(train=f"{np.mean(losses):.3f}", validation=f"{val_loss:.3f}")
-            stale = 0 if val_loss < best_loss else stale + 1
-            if val_loss < best_loss:
-                best, best_loss = copy.deepcopy(network.state_dict()), val_loss
-            if stale >= config.patience:
-                break
-        network.load_state_dict(best)
+            best.see(network, val_loss)
+            figures = {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": float(schedule.get_last_lr()[0])}
+            checkpoint.record(epoch, figures)
+        network.load_state_dict(best.weights)
         network.to(memory_format=torch.contiguous_format).eval()
         seed_level = _best_seed_level(network, validation, config.precision)
     return Segmenter(network, seed_level, config.model_dump())
+
+
+@dataclass
+class _Best:
+    """The weights with the smallest validation loss so far, and the epochs since."""
+
+    weights: dict[str, torch.Tensor]
+    loss: float = math.inf
+    stale: int = 0
+
+    def see(self, network: torch.nn.Module, loss: float) -> None:
+        self.stale += 1
+        if loss < self.loss:
+            self.weights, self.loss, self.stale = copy.deepcopy(network.state_dict()), loss, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -103,12 +132,19 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor
     return F.binary_cross_entropy_with_logits(logits, truth) + 0.5 * dice
 
 
-def _batches(training: Sequence[Pair], config: SegmenterConfig, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(training: Sequence[Pair], config: SegmenterConfig, rng: np.random.Generator,
+             threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An epoch's images and targets. Every batch has a generator of its own, so they do not depend on the number of `threads`."""
     order = rng.permutation(np.repeat(np.arange(len(training)), config.crops_per_image))
-    for start in range(0, len(order), config.batch):
-        crops = [augmented_crop(*training[int(i)], config.crop, config.augment, rng) for i in order[start : start + config.batch]]
-        yield (torch.from_numpy(np.stack([standardise(image) for image, _ in crops])[:, None]),
-               torch.from_numpy(np.stack([targets(labels) for _, labels in crops])))
+    starts = range(0, len(order), config.batch)
+
+    def batch(start: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        own = np.random.default_rng(seed)
+        crops = [augmented_crop(*training[int(i)], config.crop, config.augment, own) for i in order[start : start + config.batch]]
+        return (torch.from_numpy(np.stack([standardise(image) for image, _ in crops])[:, None]),
+                torch.from_numpy(np.stack([targets(labels) for _, labels in crops])))
+
+    return ahead(batch, starts, rng.integers(2**63, size=len(starts)), threads=threads)
 
 
 @torch.no_grad()

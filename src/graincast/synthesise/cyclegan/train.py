@@ -16,6 +16,7 @@ from scipy import ndimage as ndi
 from torch import nn
 from tqdm.auto import tqdm
 
+from graincast.checkpoint import Checkpoint, RandomState, Stateful
 from graincast.compute import Log, autocast, dihedral, load_weights, memory_format, pick_device, random_crop, save_weights, seeded
 from graincast.errors import UserError
 from graincast.microscope.quality import noise_level
@@ -90,7 +91,7 @@ class CycleGAN:
 
 
 def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
-                   bright_boundaries: bool = False, log: Log | None = None) -> CycleGAN:
+                   bright_boundaries: bool = False, log: Log | None = None, checkpoint: Checkpoint | None = None) -> CycleGAN:
     """Learn how a microscope makes grains look, from unpaired images.
 
     Parameters
@@ -105,6 +106,8 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
         Whether the micrographs' boundaries are brighter than their grains.
     log : callable, optional
         Called with (step, losses) at every step.
+    checkpoint : graincast.checkpoint.Checkpoint, optional
+        Where the training goes on from, and leaves its state, in case it is interrupted.
 
     Returns
     -------
@@ -125,15 +128,16 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
         training = _Training(config, device)
         training.set_noise(float(np.median([noise_level(image / np.float32(255)) for image in micrographs])))
         rng = np.random.default_rng(config.seed)
-        for step in tqdm(range(config.steps), desc="translator", unit="step", disable=None):
+        checkpoint = checkpoint or Checkpoint()
+        done = checkpoint.resume({**training.parts(), "crops": RandomState(rng)}, device, [config.model_dump(), tones, *pictures, *micrographs], log)
+        for step in tqdm(range(done, config.steps), desc="translator", unit="step", initial=done, total=config.steps, disable=None):
             sim = _crops(pictures, config, rng, symmetries=8).to(device, memory_format=memory_format(device))
             # micrographs are not turned: shading, shadows and scan-line noise have a direction
             sem = _crops(micrographs, config, rng, symmetries=1).to(device, memory_format=memory_format(device))
             losses = training.step(sim, sem)
             if not np.isfinite(list(losses.values())).all():
                 raise UserError(f"the translator's losses are no longer finite at step {step}; a smaller translator.learning_rate would be right")
-            if log:
-                log(step, losses)
+            checkpoint.record(step, losses)
     return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), tones, bright_boundaries, config.model_dump())
 
 
@@ -182,6 +186,14 @@ class _Training:
         for net in (self.f, self.mean_f):
             net.noise_level.fill_(2 * level)
 
+    def parts(self) -> dict[str, Stateful]:
+        """All that changes from step to step, by name."""
+        parts: dict[str, Stateful] = {"f": self.f, "g": self.g, "d_sem": self.d_sem, "d_sim": self.d_sim, "mean_f": self.mean_f,
+                                      "mean_g": self.mean_g, "pool_sem": self.pool_sem, "pool_sim": self.pool_sim}
+        parts |= {f"optimiser_{i}": optimiser for i, optimiser in enumerate(self.optimisers)}
+        parts |= {f"schedule_{i}": schedule for i, schedule in enumerate(self.schedules)}
+        return parts
+
     def _place(self, net: Net) -> Net:
         net.initialise()
         return net.to(self.device).to(memory_format=memory_format(self.device))
@@ -208,7 +220,8 @@ class _Training:
         for schedule in self.schedules:
             schedule.step()
         self._average()
-        return {name: float(value.detach()) for name, value in {**losses, "discriminator_sem": d_sem, "discriminator_sim": d_sim}.items()}
+        losses = {**losses, "discriminator_sem": d_sem, "discriminator_sim": d_sim}
+        return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))  # CUDA is waited for once
 
     def _generator_losses(self, sim: torch.Tensor, sem: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         config = self.config
@@ -251,9 +264,15 @@ class _Pool:
                 self.images.append(image)
             elif self.size and self.rng.random() < 0.5:
                 place = int(self.rng.integers(self.size))
-                image, self.images[place] = self.images[place], image
+                image, self.images[place] = self.images[place].to(image.device), image  # those of a checkpoint come on the CPU
             given.append(image)
         return torch.stack(given).contiguous(memory_format=memory_format(batch.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.images, self.rng.bit_generator.state = state_dict["images"], state_dict["rng"]
 
 
 def _smooth_l1(result: torch.Tensor, sem: torch.Tensor) -> torch.Tensor:
