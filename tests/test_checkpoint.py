@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(training: Training, tmp
     assert ("goes on from the checkpoint after step" in capsys.readouterr().err) == bool(kept)
     assert rows == training.rows  # every loss, exactly, those before the interruption included
     assert result == training.result
-    assert not folder.exists()
+    assert not list(folder.glob("*"))
 
 
 def test_killed_twice(training: Training, tmp_path, capsys):
@@ -194,10 +195,11 @@ def test_checkpoints_wait_for_their_time(tmp_path, monkeypatch):
 
 
 def test_forgotten_checkpoints_make_way(tmp_path, every_step):
-    for run in range(7):
+    runs = Checkpoint.KEPT + 3
+    for run in range(runs):
         Counter().train(Checkpoint(tmp_path), 1, made_of=run)
     assert len(list(tmp_path.iterdir())) == Checkpoint.KEPT
-    assert len(Counter().train(Checkpoint(tmp_path), 0, made_of=6)) == 1
+    assert len(Counter().train(Checkpoint(tmp_path), 0, made_of=runs - 1)) == 1
     assert not Counter().train(Checkpoint(tmp_path), 0, made_of=0)
 
 
@@ -211,13 +213,27 @@ def test_a_failed_training_keeps_its_checkpoint_a_whole_one_does_not(tmp_path, e
         failing()
     with Checkpoint(tmp_path / "folder") as checkpoint:
         assert len(Counter().train(checkpoint, 2)) == 2
-    assert not (tmp_path / "folder").exists()
+    assert not list((tmp_path / "folder").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, every_step):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"the checkpoint .*file.* cannot be (written|read)"):
         Counter().train(Checkpoint(tmp_path / "file"), 1)
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, every_step):
+    Counter().train(Checkpoint(tmp_path), 2)
+    (checkpoint,) = tmp_path.iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands for the full disk: writing fails in the middle
+    try:
+        with pytest.raises(UserError, match=r"checkpoint .* cannot be written: File too large; free space"):
+            Counter().train(Checkpoint(tmp_path), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    assert len(Counter().train(Checkpoint(tmp_path), 0)) == 2
 
 
 def test_arrays_tell_trainings_apart(tmp_path, every_step):

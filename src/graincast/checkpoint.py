@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -87,7 +86,7 @@ class Checkpoint:
     """Shortest time between two checkpoints, s: about what an interruption costs."""
     SHARE = 0.01
     """Largest share of the time that writing may take."""
-    KEPT = 4
+    KEPT = 8
     """Checkpoints in a folder; the least recent of interrupted trainings that nobody took up again make way."""
 
     def __init__(self, folder: Path | None = None, name: str = "training") -> None:
@@ -101,8 +100,6 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._path:
             self._path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others' checkpoints lie there
-                self._path.parent.rmdir()
 
     def resume(self, parts: Mapping[str, Stateful], device: torch.device, made_of: Iterable[Any], log: Log | None = None) -> int:
         """Bring `parts` to where an interrupted training left them, if there was one.
@@ -152,7 +149,7 @@ class Checkpoint:
         UserError
             If the checkpoint cannot be written.
         """
-        self.history.append((step, dict(figures)))
+        self.history.append((step, {name: float(value) for name, value in figures.items()}))
         if self._log:
             self._log(step, figures)
         if self._path and time.monotonic() >= self._due:
@@ -185,8 +182,9 @@ class Checkpoint:
         self._make_way(path.parent)
 
     def _make_way(self, folder: Path) -> None:
-        """Remove the least recent files."""
-        for old in sorted(folder.iterdir(), key=_modified)[: -self.KEPT]:
+        """Remove the least recent checkpoints."""
+        whole = [path for path in folder.iterdir() if not path.name.startswith(PARTIAL)]
+        for old in sorted(whole, key=_modified)[: -self.KEPT]:
             old.unlink(missing_ok=True)
 
     @staticmethod
