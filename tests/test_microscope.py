@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import tifffile
 from scipy import ndimage as ndi
+from scipy.signal import lfilter
 from scipy.spatial import cKDTree
 from skimage.measure import label
 from skimage.morphology import h_minima
@@ -23,7 +24,7 @@ from graincast.errors import UserError
 from graincast.microscope.info_bar import find_info_bar
 from graincast.microscope.ingest import ingest
 from graincast.microscope.preparation import Preparation, prepare, to_grey8
-from graincast.microscope.quality import describe, noise_level
+from graincast.microscope.quality import describe, noise_level, without_shading
 from graincast.microscope.reader import PHYSICAL_FIELDS, Micrograph, find_micrographs, read_micrograph
 from graincast.microscope.scale import _count_deep_minima, estimate_grain_diameter
 
@@ -567,6 +568,117 @@ def test_preparation_of_new_files_follows_the_set(session, tmp_path):
     assert only_known.prepare(image, pixel_size_um=0.025).scale == pytest.approx(0.5)
 
 
+# --------------------------------------------------------------------------------------- what is wrong with a folder
+
+
+def folder_of(path, **images):
+    path.mkdir()
+    for name, image in images.items():
+        iio.imwrite(path / f"{name}.png", to_bytes(image))
+    return path
+
+
+def told(folder, out, config=None):
+    """The warnings of a folder, and what its preparation says."""
+    info = ingest(config or Ingest(), folder, 30.0, out).info
+    return info["warnings"], info
+
+
+def test_nothing_is_said_of_a_folder_of_one_kind(tmp_path):
+    folder = folder_of(tmp_path / "data", **{f"i{seed}": grains(seed=seed)[0] for seed in range(4)})
+    warnings, info = told(folder, tmp_path / "set")
+    assert warnings == []
+    assert info["preparation"]["bright_boundaries"] is False
+    assert info["groups"] == [["i0.png", "i1.png", "i2.png", "i3.png"]]
+
+
+def test_two_materials_are_named_file_by_file(tmp_path, caplog):
+    ours = {f"a{seed}": grains(seed=seed)[0] for seed in range(3)}
+    others = {f"b{seed}": grains(seed=seed, contrast="channelling")[0] for seed in range(2)}
+    warnings, info = told(folder_of(tmp_path / "data", **ours, **others), tmp_path / "set")
+    (sentence,) = (w for w in warnings if "materials" in w)
+    assert "A = 3 files (a0.png, a1.png, a2.png); B = 2 files (b0.png, b1.png)" in sentence
+    assert info["groups"] == [["a0.png", "a1.png", "a2.png"], ["b0.png", "b1.png"]]
+    assert sentence in caplog.text
+
+
+def test_two_magnifications_without_pixel_sizes_are_named(tmp_path):
+    fine = {f"fine{seed}": grains((400, 400), 20, seed)[0] for seed in range(3)}
+    coarse = {f"coarse{seed}": grains((400, 400), 50, seed)[0] for seed in range(3)}
+    warnings, _ = told(folder_of(tmp_path / "data", **fine, **coarse), tmp_path / "set")
+    (sentence,) = (w for w in warnings if "times in size" in w)
+    assert "(coarse0.png, coarse1.png, coarse2.png)" in sentence
+    assert "(fine0.png, fine1.png, fine2.png)" in sentence
+    assert "ingest.pixel_size_um" in sentence
+
+
+def test_magnifications_with_pixel_sizes_are_no_mixture(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for seed in range(2):
+        write_fei(folder / f"high{seed}.tif", grains((400, 400), 50, seed)[0])
+        field, _ = grains((600, 600), 50, seed + 2)  # half as large again, and seen by as many pixels
+        write_fei(folder / f"low{seed}.tif", ndi.zoom(field, 2 / 3, order=1), FEI.replace("2.9e-08", "4.35e-08"))
+    assert told(folder, tmp_path / "set")[0] == []
+
+
+def test_an_inverted_micrograph_is_named_and_later_ones_are_refused(tmp_path):
+    images = {f"i{seed}": grains(seed=seed)[0] for seed in range(3)}
+    mixed, info = told(folder_of(tmp_path / "mixed", **images, inverted=grains(seed=9, contrast="bright")[0]), tmp_path / "mixed-set")
+    (sentence,) = mixed
+    assert "boundaries are bright in 1 file (inverted.png) and dark in 3 files" in sentence
+    assert info["preparation"]["bright_boundaries"] is None
+    _, info = told(folder_of(tmp_path / "dark", **images), tmp_path / "dark-set")
+    preparation = Preparation.from_dict(info["preparation"])
+    assert preparation.prepare(Micrograph(grains(seed=5)[0], 8)).image.size
+    with pytest.raises(ValueError, match="inverted contrast: boundaries are bright here and dark in the micrographs of the training"):
+        preparation.prepare(Micrograph(grains(seed=5, contrast="bright")[0], 8))
+    # grains that differ in tone alone have no polarity to be wrong
+    assert preparation.prepare(Micrograph(grains(seed=5, contrast="channelling")[0], 8)).image.size
+
+
+def test_charging_is_named(tmp_path):
+    images = {f"i{seed}": grains((400, 400), seed=seed, contrast="bright")[0] for seed in range(3)}
+    keep = 0.99  # a trail of 100 px
+    trail = lfilter([0, 1 - keep], [1, -keep], np.maximum(images["i1"] - images["i1"].mean(), 0), axis=1)
+    images["i1"] = np.clip(images["i1"] + 8 * trail, 0, 1).astype(np.float32)
+    warnings, _ = told(folder_of(tmp_path / "data", **images), tmp_path / "set")
+    assert [w for w in warnings if "charging" in w and "1 file (i1.png)" in w]
+    assert not [w for w in warnings if "materials" in w]
+
+
+@pytest.mark.parametrize("kind", ["noise", "blank", "gradient", "noisy gradient", "vignette"])
+def test_images_without_grains_are_refused(tmp_path, kind):
+    rows, columns = np.mgrid[:300, :300] / 300
+    noise = np.random.default_rng(0).standard_normal((300, 300))
+    empty = {"noise": 0.5 + 0.1 * noise, "blank": np.full((300, 300), 0.4), "gradient": 0.2 + 0.5 * columns + 0.1 * rows,
+             "noisy gradient": 0.2 + 0.5 * columns + 0.02 * noise,
+             "vignette": 0.7 - 0.5 * ((columns - 0.5) ** 2 + (rows - 0.5) ** 2) + 0.01 * noise}[kind]
+    folder = folder_of(tmp_path / "data", good=grains()[0], empty=np.clip(empty, 0, 1))
+    result = ingest(Ingest(), folder, 30.0, tmp_path / "set")
+    assert list(result.rows.source) == ["good.png"]
+    assert result.refused.refused[0].startswith(("structureless: no grains", "no contrast"))
+
+
+def test_too_few_grains_say_how_many_more_images(tmp_path):
+    folder = folder_of(tmp_path / "data", only=grains((110, 110), 30)[0])
+    with pytest.raises(UserError, match=r"data: the only micrograph shows about \d+ grains.*20 grains are the least; \d more like it, 50 grains in all"):
+        ingest(Ingest(scale=1.0), folder, 30.0, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    more = folder_of(tmp_path / "more", **{f"i{seed}": grains((110, 110), 30, seed)[0] for seed in range(2)})
+    (sentence,) = told(more, tmp_path / "set", Ingest(scale=1.0))[0]
+    assert "2 micrographs together show about" in sentence
+    assert "more like these, 50 grains in all" in sentence
+
+
+def test_shading_is_taken_out_and_nothing_else():
+    rows, columns = np.mgrid[:40, :60].astype(np.float32)
+    surface = 3 + 0.2 * rows - 0.1 * columns + 0.01 * rows**2 + 0.003 * rows * columns - 0.002 * columns**2
+    assert np.abs(without_shading(surface)).max() < 1e-3 * np.ptp(surface)
+    waves = np.sin(rows) * np.sin(columns)
+    np.testing.assert_allclose(without_shading(surface + waves), waves, atol=0.05)
+
+
 # -------------------------------------------------------------------------------------------------- real images
 
 
@@ -611,3 +723,21 @@ def test_no_bar_is_found_on_real_images_without_one(folder):
     for path in find_micrographs(REAL / folder)[:60]:
         image = read_micrograph(path).image
         assert find_info_bar(image) == image.shape[0], path.name
+
+
+@needs_real
+def test_real_folders_of_one_kind_and_mixtures_of_them(tmp_path):
+    """Perovskite alone must stay accepted; iron beside it, and specimen 4 of NBT beside the others, are told apart."""
+    fields, ceramic = REAL / "single-fields" / "images", REAL / "nbt-ceramic-sem" / "images"
+    warnings, _ = told(fields / "perovskite_sem.png", tmp_path / "alone")
+    assert warnings == []
+    mixed = folder_of(tmp_path / "mixed", **{n: read_micrograph(fields / f"{n}.png").image for n in ("perovskite_sem", "pure_iron_optical")})
+    warnings, _ = told(mixed, tmp_path / "set")
+    assert [w for w in warnings if "materials" in w and "A = 1 file (perovskite_sem.png); B = 1 file (pure_iron_optical.png)" in w]
+    session = tmp_path / "session"
+    session.mkdir()
+    for name in ("1_003", "2_001", "6_001", "6_004"):
+        (session / f"{name}.tif").symlink_to((ceramic / f"{name}.tif").resolve())
+    assert told(session, tmp_path / "ceramic")[0] == []
+    (session / "4_001.tif").symlink_to((ceramic / "4_001.tif").resolve())
+    assert [w for w in told(session, tmp_path / "both")[0] if "materials, magnifications" in w and "(4_001.tif)" in w]

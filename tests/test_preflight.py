@@ -39,6 +39,12 @@ def test_masks_of_other_images_are_named(tmp_path):
         check(config)
 
 
+def test_a_folder_without_micrographs_is_told_before_anything_is_simulated(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="holds no micrographs"):
+        check(parse_config({"session": {"folder": str(tmp_path)}}))
+
+
 def test_the_usual_settings_cost_no_import():
     program = ("import sys; from graincast.config import Config; from graincast.preflight import check; check(Config()); "
                "print(sorted({'torch', 'skimage'} & set(sys.modules)))")

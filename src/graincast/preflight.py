@@ -13,8 +13,8 @@ def check(config: Config) -> None:
     Raises
     ------
     UserError
-        If a device, architecture or encoder is not to be had, the simulation is not stable, resolved or too large for the memory, or
-        the masks do not belong to the micrographs.
+        If a device, architecture or encoder is not to be had, the simulation is not stable, resolved or too large for the memory,
+        there are no micrographs, or the masks do not belong to them.
     """
     default = Segmenter()
     # torch takes seconds to import, which a run from the cache need not spend on the settings that always work
@@ -32,6 +32,10 @@ def check(config: Config) -> None:
         from graincast.simulate import library
 
         library.check(config.simulate)
+    if config.session.folder and Path(config.session.folder).is_dir():
+        from graincast.microscope.reader import find_micrographs
+
+        find_micrographs(Path(config.session.folder), Path(config.session.masks) if config.session.masks else None)
     if config.session.folder and config.session.masks:
         from graincast.evaluate.evaluation import check_masks, match_masks
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ from tqdm import tqdm
 
 from graincast.config import Ingest
 from graincast.errors import UserError
+from graincast.microscope import mixture
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.microscope.scale import estimate_grain_diameter
 from graincast.store.imageset import ImageSet, ImageSetWriter
+
+logger = logging.getLogger(__name__)
 
 SAME_PIXEL_SIZE = 0.01  # relative spread below which pixel sizes count as one
 
@@ -54,12 +58,13 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         was (``original_height``, ``original_width``, ``original_pixel_size_um``, ``bit_depth``, ``bar_row``,
         ``grain_diameter_px`` as estimated, in its own pixels), ``source_sha256``, ``instrument`` (JSON) and the
         descriptors of `graincast.microscope.quality.describe`, taken from the original without its info bar.
-        ``info["preparation"]`` holds the `Preparation`.
+        ``info["preparation"]`` holds the `Preparation`, ``info["warnings"]`` the sentences of
+        `graincast.microscope.mixture.warnings`, ``info["groups"]`` the files of each group that looks alike.
 
     Raises
     ------
     UserError
-        If the folder is missing or empty, or every file was refused (naming the reasons).
+        If the folder is missing or empty, every file was refused (naming the reasons), or what is left shows too few grains.
 
     Notes
     -----
@@ -78,15 +83,26 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     surveys = [_survey(path, config, preparation) for path in tqdm(paths, "reading micrographs", disable=None)]
     target, scale = _choose(config, [s for s in surveys if s.refused is None], grain_diameter_px)
     preparation = replace(preparation, target_pixel_size_um=target, scale=scale)
+    members: list[mixture.Member] = []
     with ImageSetWriter(out, "micrographs", config=config.model_dump(), parents=parents) as writer:
-        writer.info["preparation"] = preparation.to_dict()
         for path, name, survey in zip(tqdm(paths, "preparing micrographs", disable=None), names, surveys, strict=True):
             relative = path.relative_to(root)
             session = relative.parent.as_posix() if relative.parent.parts else root.resolve().name
             common = {"id": name, "session": session, "source": relative.as_posix(), **survey.facts}
-            refused = survey.refused or _add(writer, path, survey, preparation, common)
-            if refused is not None:
-                writer.refuse(refused, **common)
+            prepared = survey.refused or _prepare(path, survey, preparation)
+            if isinstance(prepared, str):
+                writer.refuse(prepared, **common)
+                continue
+            image, file_scale = prepared
+            writer.add(image, pixel_size_um=_resampled_um(survey, preparation, file_scale), scale=file_scale, **common)
+            members.append(mixture.Member.of(common["source"], image, survey.grain_diameter_px * file_scale))
+        if missing := mixture.too_few(members, grain_diameter_px):
+            raise UserError(f"{folder}: {missing}")
+        writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members)).to_dict()
+        writer.info["warnings"] = mixture.warnings(members, grain_diameter_px)
+        writer.info["groups"] = [[member.name for member in group] for group in mixture.group_by_look(members)]
+    for sentence in writer.info["warnings"]:
+        logger.warning("graincast: warning: %s", sentence)  # now, while the trainings to come can still be spared
     return writer.result
 
 
@@ -150,16 +166,17 @@ def _median(diameters: np.ndarray) -> float | None:
     return float(np.median(estimated)) if estimated.size else None
 
 
-def _add(writer: ImageSetWriter, path: Path, survey: _Survey, preparation: Preparation, common: dict[str, Any]) -> str | None:
-    """Prepare a file and add it; returns the reason if no scale suits it."""
-    pixel_size = survey.pixel_size_um
+def _prepare(path: Path, survey: _Survey, preparation: Preparation) -> tuple[np.ndarray, float] | str:
+    """The prepared image with its scale, or the reason if no scale suits it."""
     try:
-        image, scale = preparation.resample(read_micrograph(path).image[:survey.facts["bar_row"]], pixel_size)
+        return preparation.resample(read_micrograph(path).image[:survey.facts["bar_row"]], survey.pixel_size_um)
     except ValueError as error:
         return str(error)
-    resampled_um = None if pixel_size is None else preparation.target_pixel_size_um or pixel_size / scale
-    writer.add(image, pixel_size_um=resampled_um, scale=scale, **common)
-    return None
+
+
+def _resampled_um(survey: _Survey, preparation: Preparation, scale: float) -> float | None:
+    """Pixel size of the prepared image, um."""
+    return None if survey.pixel_size_um is None else preparation.target_pixel_size_um or survey.pixel_size_um / scale
 
 
 def _sha256(path: Path) -> str:

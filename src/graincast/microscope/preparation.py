@@ -10,14 +10,16 @@ from PIL import Image
 from skimage.exposure import equalize_adapthist
 
 from graincast.microscope.info_bar import find_info_bar
-from graincast.microscope.quality import describe
+from graincast.microscope.mixture import has_bright_boundaries
+from graincast.microscope.quality import describe, noise_level, without_shading
 from graincast.microscope.scale import estimate_grain_diameter
 
 if TYPE_CHECKING:
     from graincast.microscope.reader import Micrograph
 
 STRETCH_PERCENTILES = (0.1, 99.9)
-LEAST_SIGNAL_TO_NOISE = 2.0  # of an image whose grains cannot be sized; pure noise has 1
+LEAST_SIGNAL_TO_NOISE = 2.0  # of an image, shading apart, whose grains cannot be sized; pure noise has 1
+QUANTISATION = 1 / 255 / 12**0.5  # noise of rounding to 8 bits, standard deviation, fraction of full scale
 LARGEST_SCALE = 6.0
 """Largest resampling factor: of grains smaller than that, hardly anything but interpolation would be seen."""
 LARGEST_AREA_PX = 64_000_000  # of a prepared image; equalisation takes some 50 bytes a pixel
@@ -134,6 +136,8 @@ class Preparation:
         Smallest range of grey from the 1st to the 99th percentile, fraction of full scale (see `used_range`).
     default_pixel_size_um : float or None
         Pixel size of files when neither they nor the caller tell, um.
+    bright_boundaries : bool or None
+        Whether boundaries are brighter than grains in the set; None: unclear, or bright in some files and dark in others.
     """
 
     target_pixel_size_um: float | None
@@ -146,6 +150,7 @@ class Preparation:
     max_saturated: float
     min_contrast: float
     default_pixel_size_um: float | None
+    bright_boundaries: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
@@ -176,7 +181,7 @@ class Preparation:
         if quality["saturated_fraction"] > self.max_saturated:
             return (f"saturated: {quality['saturated_fraction']:.0%} of the pixels are black or white, "
                     f"at most {self.max_saturated:.0%} may be")
-        if quality["signal_to_noise"] < LEAST_SIGNAL_TO_NOISE:
+        if _signal_to_noise(field) < LEAST_SIGNAL_TO_NOISE:
             try:
                 estimate_grain_diameter(field)
             except ValueError as error:
@@ -237,10 +242,25 @@ class Preparation:
         Raises
         ------
         ValueError
-            With the reason, if the micrograph does not pass `inspect` or `scale_for`.
+            With the reason, if the micrograph does not pass `inspect` or `scale_for`, or its boundaries are bright where
+            those of the set are dark, or the other way round.
         """
         inspection = self.inspect(micrograph)
         if inspection.refused is not None:
             raise ValueError(inspection.refused)
         image, scale = self.resample(micrograph.image[:inspection.bar_row], self.pixel_size(micrograph, pixel_size_um))
+        self._check_polarity(image)
         return Prepared(image, scale, inspection.bar_row)
+
+    def _check_polarity(self, image: np.ndarray) -> None:
+        bright = has_bright_boundaries(image)
+        if None not in (bright, self.bright_boundaries) and bright != self.bright_boundaries:
+            here, there = ("bright", "dark") if bright else ("dark", "bright")
+            raise ValueError(f"inverted contrast: boundaries are {here} here and {there} in the micrographs of the training; "
+                             "the inverted image would be right, or a model trained on such micrographs")
+
+
+def _signal_to_noise(field: np.ndarray) -> float:
+    """Standard deviation of grey over that of the noise, shading apart: a bare gradient is no structure either."""
+    detail = without_shading(field)
+    return float(detail.std() / max(noise_level(detail), QUANTISATION))

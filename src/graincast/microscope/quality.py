@@ -126,3 +126,25 @@ def sharpness(image: np.ndarray, noise: float) -> float:
         energies.append(max(energy - noise**2 / (4 * math.pi * sigma**4), 0.0))
     fine, coarse = energies
     return min(max(1 - coarse / fine, 0.0), 1.0) if fine > 0 else 0.0
+
+
+def without_shading(image: np.ndarray) -> np.ndarray:
+    """Take the quadratic surface of least squares, such as shading and vignetting make, out of an image.
+
+    Parameters
+    ----------
+    image : ndarray of float, shape (H, W)
+
+    Returns
+    -------
+    ndarray of float32, shape (H, W)
+        What is left; its mean is 0.
+    """
+    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in image.shape)
+    left = np.asarray(image, dtype=np.float32)
+    across, down = x[None, :], y[:, None]
+    # these are orthogonal on the grid, so each can be taken out by itself
+    for term in (np.ones((1, 1)), down, across, down**2 - (y**2).mean(), across**2 - (x**2).mean(), down * across):
+        surface = np.broadcast_to(term, left.shape).astype(np.float32)
+        left = left - surface * float((left * surface).mean() / max(float(np.square(surface).mean()), 1e-12))
+    return left

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage as ndi
-from skimage.morphology import black_tophat, disk, white_tophat
 
-LINE_PX = 4
-"""Half the largest width of a boundary line, px, at the simulation's scale; grains are several times wider."""
+from graincast.microscope.mixture import thin_structure
 
 
 def boundaries_are_bright(images: Sequence[np.ndarray]) -> bool:
@@ -23,12 +20,8 @@ def boundaries_are_bright(images: Sequence[np.ndarray]) -> bool:
     Returns
     -------
     bool
-        True where the white top-hats (Meyer 1979; what an opening removes) outweigh the black ones.
+        True where the white top-hats outweigh the black ones (`graincast.microscope.mixture.thin_structure`), each
+        image counting by its area.
     """
-    disc = disk(LINE_PX)
-    balance = 0.0
-    for image in images:
-        smooth = ndi.gaussian_filter(image.astype(np.float32), 1.0)
-        white, black = white_tophat(smooth, disc), black_tophat(smooth, disc)
-        balance += float(white.mean() - black.mean()) * image.size
-    return balance > 0
+    tophats = ((*thin_structure(image), image.size) for image in images)
+    return sum((white - black) * size for white, black, size in tophats) > 0
