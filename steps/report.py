@@ -15,8 +15,9 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus, StoreType
 from zenml.models import StepRunResponse
 
+from graincast.errors import UserError
 from graincast.evaluate.result import Evaluation
-from graincast.report.findings import METRICS
+from graincast.report.findings import METRICS, warnings
 from graincast.report.html import write_report
 from graincast.report.inputs import ReportInputs
 from graincast.report.terminal import summary_table
@@ -30,14 +31,21 @@ from steps.stage import output_folder, run_tags, stage
 @stage(enable_cache=False)
 def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet, training: ImageSet, translator: Artifact, segmenter: Artifact,
            evaluation: Artifact) -> Annotated[Artifact, "report"]:
-    """Report a run: HTML page, MLflow parent run, terminal table."""
+    """Report a run: HTML page, MLflow parent run, terminal table.
+
+    A segmenter whose results on the micrographs are not plausible is reported but not registered, and the run fails.
+
+    Raises
+    ------
+    UserError
+        With the evaluation's doubts, unless ``evaluate.require_plausible`` is off.
+    """
     steps = Client().get_pipeline_run(get_step_context().pipeline_run.id).steps
     tags = run_tags(**_hashes(steps))
     found = Evaluation.load(evaluation.path)
     shown = _without_places(config)
-    # a cached training may have registered its model with another MLflow server than today's
-    version = tracking.ensure_registered(segmenter.path, micrographs.image(0), tags)
-    mlflow_run, model = tracking.active_run_id(), f"models:/{tracking.MODEL}/{version}"
+    rejected = bool(found.doubts) and config["evaluate"]["require_plausible"]
+    mlflow_run, model = tracking.active_run_id(), "not registered" if rejected else _register(segmenter, micrographs, tags)
     inputs = ReportInputs(
         title="graincast training run",
         run={"MLflow run": mlflow_run, "model": model, **{name: tag for name, tag in tags.items() if tag}},
@@ -52,17 +60,28 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
         grains=found.grains,
         overlays=found.overlays,
         virtual=config["session"]["folder"] is None,
+        doubts=found.doubts,
     )
     with whole_folder(output_folder()) as folder:
         write_report(inputs, folder)
     page = output_folder() / "report.html"
-    tracking.log(params=shown, tags=tags, metrics=_metrics(inputs), files=[page, page.parent / "figures"])
+    told = {"warnings": "\n".join(warnings(inputs)) or None}
+    tracking.log(params=shown, tags={**tags, **told}, metrics=_metrics(inputs), files=[page, page.parent / "figures"])
     places = {"report": os.path.relpath(page, ROOT), "MLflow run": mlflow_run, "model": model}
     console = Console()
     console.print(summary_table(inputs, places, _dashboards()))
     for name, reason in found.skipped.items():
         console.print(f"not scored, {name}: {reason}", markup=False)
+    if rejected:
+        raise UserError(f"the segmenter was not registered: {'; '.join(found.doubts)}; the report, {places['report']}, shows what it makes of the "
+                        "micrographs; other micrographs or a longer translator training would be right "
+                        "(evaluate.require_plausible: false registers it nevertheless)")
     return Artifact(page.parent, "report")
+
+
+def _register(segmenter: Artifact, micrographs: ImageSet, tags: Mapping[str, str | None]) -> str:
+    """The segmenter's address in the registry, where it becomes the next version unless it is known there."""
+    return f"models:/{tracking.MODEL}/{tracking.ensure_registered(segmenter.path, micrographs.image(0), tags)}"
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

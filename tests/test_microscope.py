@@ -662,7 +662,7 @@ def test_images_without_grains_are_refused(tmp_path, kind):
 
 def test_too_few_grains_say_how_many_more_images(tmp_path):
     folder = folder_of(tmp_path / "data", only=grains((110, 110), 30)[0])
-    with pytest.raises(UserError, match=r"data: the only micrograph shows about \d+ grains.*20 grains are the least; \d more like it, 50 grains in all"):
+    with pytest.raises(UserError, match=r"data: the only micrograph shows about \d+ grains.*20 are the least; \d more like it, 50 grains in all"):
         ingest(Ingest(scale=1.0), folder, 30.0, tmp_path / "set")
     assert not (tmp_path / "set").exists()
     more = folder_of(tmp_path / "more", **{f"i{seed}": grains((110, 110), 30, seed)[0] for seed in range(2)})

@@ -30,7 +30,7 @@ TINY = {
     "translator": {"steps": 4, "crop": 64, "filters": 8},
     "synthesise": {"min_fidelity": -1.0},
     "segmenter": {"epochs": 2, "crop": 64},
-    "evaluate": {},
+    "evaluate": {"require_plausible": False},
 }
 STEPS = ["simulate", "virtual_session", "ingest_virtual", "train_translator", "synthesise", "train_segmenter", "evaluate_virtual", "report"]
 PIPELINE = "pipelines.training.training_pipeline"
@@ -170,6 +170,19 @@ def test_another_learning_rate_trains_and_evaluates_only(checkout: Checkout, fir
     assert done.returncode == 0, done.stdout
     fresh = [name for name, status in checkout.steps().items() if status == "completed"]
     assert fresh == ["train_segmenter", "evaluate_virtual", "report"]
+
+
+def test_a_model_that_finds_nothing_is_reported_but_not_registered(checkout: Checkout, first_run):
+    registered = checkout.mlflow("select count(*) from model_versions")
+    command = checkout.configure("untrained.yaml", segmenter={"epochs": 1, "learning_rate": 1e-9}, evaluate={"require_plausible": True})
+    done = checkout.run(command)
+    assert done.returncode != 0
+    assert "the segmenter was not registered: " in done.stdout
+    assert "Not to be used: " in done.stdout
+    assert "Traceback" not in done.stdout
+    assert checkout.mlflow("select count(*) from model_versions") == registered
+    newest = max((checkout.root / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    assert "Not to be used: " in (newest / "report" / "report.html").read_text()
 
 
 def test_dvc_repro_gives_the_same_hashes(checkout: Checkout, first_run):

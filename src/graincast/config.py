@@ -239,6 +239,7 @@ class Evaluate(Section):
     overlays: int = Field(4, ge=0, description="overlay figures a set")
     baseline_window: int = Field(51, ge=3, description="window of the classical baseline's local threshold, px of the original image")
     baseline_sigma: float = Field(1.5, ge=0, description="Gaussian smoothing before the classical baseline's threshold, px")
+    require_plausible: bool = Field(True, description="register only a segmenter whose result on the unlabelled micrographs makes sense")
 
 
 class Config(Section):

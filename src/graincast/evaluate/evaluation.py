@@ -17,6 +17,7 @@ from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
 from graincast.evaluate.metrics import read_mask, score_grains
 from graincast.evaluate.overlay import overlay
+from graincast.evaluate.plausibility import Result, doubts
 from graincast.evaluate.result import BASELINE, OURS, SYNTHETIC, Evaluation
 from graincast.measure.grains import measure_grains
 from graincast.microscope.preparation import to_grey8
@@ -85,15 +86,16 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, scored: Sequence[int], m
             if number < config.overlays:
                 overlays[f"{name}: {scene.name}"] = overlay(scene.image, scene.found[OURS], scene.truth)
     grain_tables.append(_sizes("simulated truth", [(str(id_), synthetic.labels(i), None) for i, id_ in enumerate(synthetic.rows["id"])]))
-    found = []
+    found, results = [], []
     for i, row in enumerate(tqdm(micrographs.rows.to_dict("records"), desc="measure micrographs", unit="image", disable=None)):
         image = micrographs.image(i)
         labels = segmenter.segment(image)
         found.append((str(row["id"]), labels, None if pd.isna(row["pixel_size_um"]) else float(row["pixel_size_um"])))
+        results.append(Result.of(image, labels, row.get("grain_diameter_px", np.nan) * row.get("scale", np.nan)))
         if len(found) <= config.overlays:
             overlays[f"micrograph without truth: {row['id']}"] = overlay(image, labels)
     grain_tables.append(_sizes("micrographs", found))
-    return Evaluation(pd.DataFrame(score_rows), pd.concat(grain_tables, ignore_index=True), overlays, skipped)
+    return Evaluation(pd.DataFrame(score_rows), pd.concat(grain_tables, ignore_index=True), overlays, skipped, doubts(results))
 
 
 def match_masks(micrographs: Path, masks: Path) -> list[tuple[Path, Path]]:

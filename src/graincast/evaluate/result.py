@@ -31,18 +31,22 @@ class Evaluation:
         Caption to RGB picture, uint8 (height, width, 3).
     skipped : dict of str to str
         Micrographs with masks that could not be read or prepared, and the reason.
+    doubts : list of str
+        Why the segmenter is not to be used (`graincast.evaluate.plausibility.doubts`).
     """
 
     scores: pd.DataFrame
     grains: pd.DataFrame
     overlays: dict[str, np.ndarray]
     skipped: dict[str, str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write ``scores.csv``, ``grains.parquet``, ``skipped.json`` and ``overlays/*.png`` into an existing folder."""
+        """Write ``scores.csv``, ``grains.parquet``, ``skipped.json``, ``doubts.json`` and ``overlays/*.png`` into an existing folder."""
         self.scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
         self.grains.to_parquet(folder / "grains.parquet", index=False)
         (folder / "skipped.json").write_text(json.dumps(self.skipped, indent=1))
+        (folder / "doubts.json").write_text(json.dumps(self.doubts, indent=1))
         (folder / "overlays").mkdir()
         captions = {f"{number:02d}.png": caption for number, caption in enumerate(self.overlays)}
         for file, caption in captions.items():
@@ -56,4 +60,5 @@ class Evaluation:
         scores = pd.read_csv(folder / "scores.csv", dtype=text, keep_default_na=False, na_values=["", "nan"])
         captions = json.loads((folder / "overlays.json").read_text())
         overlays = {caption: iio.imread(folder / "overlays" / file) for file, caption in captions.items()}
-        return cls(scores, pd.read_parquet(folder / "grains.parquet"), overlays, json.loads((folder / "skipped.json").read_text()))
+        skipped, doubts = (json.loads((folder / name).read_text()) for name in ("skipped.json", "doubts.json"))
+        return cls(scores, pd.read_parquet(folder / "grains.parquet"), overlays, skipped, doubts)

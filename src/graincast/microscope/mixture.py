@@ -241,7 +241,7 @@ def too_few(members: Sequence[Member], grain_diameter_px: float) -> str | None:
     grains = _grains_in(members, grain_diameter_px)
     if not members or grains >= FEWEST_GRAINS:
         return None
-    return f"{_amount(members, grains)}, too little to learn a look from: {FEWEST_GRAINS} grains are the least; {_remedy(members, grains)}"
+    return f"{_amount(members, grains)}, too little to learn a look from: {FEWEST_GRAINS} are the least; {_remedy(members, grains)}"
 
 
 def warnings(members: Sequence[Member], grain_diameter_px: float) -> list[str]:

@@ -92,9 +92,15 @@ def decisive_set(scores: pd.DataFrame) -> str | None:
 def headline(inputs: ReportInputs) -> str:
     """Say in plain words what came out, a failure included.
 
-    It speaks of `decisive_set`, and says so where there were only synthetic images to measure on.
+    It speaks of `decisive_set`, and says so where there were only synthetic images to measure on. Warnings come last.
     """
-    return " ".join(filter(None, [_agreement(inputs.scores), _count(inputs.scores), _size(inputs.grains)]))
+    return " ".join(filter(None, [_agreement(inputs.scores), _count(inputs.scores), _size(inputs.grains), *warnings(inputs)]))
+
+
+def warnings(inputs: ReportInputs) -> list[str]:
+    """Sentences on what is doubtful about the segmenter's results and about the micrographs it learned from."""
+    doubtful = [f"Not to be used: {doubt}." for doubt in inputs.doubts]
+    return doubtful + [f"Warning: {sentence}." for sentence in inputs.micrographs.info.get("warnings", [])]
 
 
 def _agreement(scores: pd.DataFrame) -> str:
@@ -201,6 +207,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "title": inputs.title,
         "virtual": inputs.virtual,
         "headline": headline(inputs),
+        "warnings": warnings(inputs),
         "micrographs": len(inputs.micrographs),
         "refused": [[source_name(_plain(row)), str(row["refused"])] for _, row in refused.iterrows()],
         "morphologies": len(inputs.morphologies),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ class ReportInputs:
         Caption to picture of `graincast.evaluate.overlay.overlay`, uint8 (height, width, 3).
     virtual : bool
         Whether the micrographs come from the virtual SEM; the report then says so wherever it speaks of them.
+    doubts : sequence of str
+        Why the segmenter is not to be used (`graincast.evaluate.plausibility.doubts`).
 
     Raises
     ------
@@ -71,6 +73,7 @@ class ReportInputs:
     grains: pd.DataFrame
     overlays: Mapping[str, np.ndarray]
     virtual: bool
+    doubts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _require("the synthetic set", self.synthetic.rows, "fidelity")
