@@ -69,3 +69,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.splitlines() == ["--record keeps figures of the full problems: leave --quick out"]
+
+
+def test_the_benchmark_of_training_ends_in_one_json_object() -> None:
+    command = [sys.executable, "-m", "benchmarks.training_speed", "--quick", "--device", "cpu"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    for kind, setting in (("translator", "standard"), ("segmenter", "crop_64")):
+        assert set(figures[kind][setting]) == {"float32", "auto", "auto_speedup"}
+        assert all(value > 0 for value in figures[kind][setting].values())
+    assert 0 < figures["data"]["segmenter_crop_64"]["share_in_turn"] < 1
