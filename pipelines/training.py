@@ -38,8 +38,8 @@ def training_pipeline(config: dict[str, Any]) -> None:
     training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
     segmenter = train_segmenter(settings.segmenter, training, validation, micrographs)
     if session.folder is None:
-        evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, training, validation, micrographs, virtual)
+        evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, for_synthetic, training, validation, micrographs, virtual)
     else:
         masks = content_digest(Path(session.masks), "session.masks") if session.masks else ""
-        evaluation = evaluate(settings.evaluate, session, segmenter, translator, training, validation, micrographs, masks)
+        evaluation = evaluate(settings.evaluate, session, segmenter, translator, for_synthetic, training, validation, micrographs, masks)
     report(settings.model_dump(), for_synthetic, micrographs, training, translator, segmenter, evaluation)

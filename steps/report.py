@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from zenml.enums import ExecutionStatus, StoreType
 from zenml.models import StepRunResponse
 
 from graincast.errors import UserError
+from graincast.evaluate.realism import Realism
 from graincast.evaluate.result import Evaluation
 from graincast.report.findings import METRICS, warnings
 from graincast.report.html import write_report
@@ -56,7 +56,7 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
         translator_history=_timed(translator, steps["train_translator"]),
         segmenter_history=_timed(segmenter, steps["train_segmenter"]),
         scores=found.scores,
-        realism=json.loads((evaluation.path / "realism.json").read_text()),
+        realism=Realism.load(evaluation.path / "realism"),
         grains=found.grains,
         overlays=found.overlays,
         virtual=config["session"]["folder"] is None,
@@ -109,7 +109,8 @@ def _metrics(inputs: ReportInputs) -> dict[str, float]:
     means = inputs.scores.groupby(["set", "method"]).mean(numeric_only=True).stack()
     scores = {f"{set_}/{method}/{name}".replace(",", "").replace(" ", "_"): float(value)
               for (set_, method, name), value in means.items() if name in METRICS}
-    return {**scores, **{f"realism/{name}": value for name, value in inputs.realism.items()}}
+    realism = inputs.realism.summary if inputs.realism else {}
+    return {**scores, **{f"realism/{name}/{group}": value for name, values in realism.items() for group, value in values.items()}}
 
 
 def _dashboards() -> dict[str, str]:

@@ -79,3 +79,11 @@ def test_the_benchmark_of_training_ends_in_one_json_object() -> None:
         assert set(figures[kind][setting]) == {"float32", "auto", "auto_speedup"}
         assert all(value > 0 for value in figures[kind][setting].values())
     assert 0 < figures["data"]["segmenter_crop_64"]["share_in_turn"] < 1
+
+
+def test_realism_says_which_result_is_missing(tmp_path: Path) -> None:
+    for arguments, words in (([], "neither a run nor --real was given"), ([str(tmp_path)], "holds no micrographs")):
+        ended = subprocess.run([sys.executable, "-m", "benchmarks.realism", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert len(ended.stderr.splitlines()) == 1
+        assert words in ended.stderr

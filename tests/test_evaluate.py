@@ -10,14 +10,17 @@ from types import ModuleType
 
 import imageio.v3 as iio
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from scipy import ndimage as ndi
+from skimage.metrics import structural_similarity
 
 from graincast.config import Evaluate
 from graincast.errors import UserError
@@ -25,10 +28,27 @@ from graincast.evaluate.baseline import local_threshold_segment
 from graincast.evaluate.evaluation import BASELINE, check_masks, evaluate, match_masks
 from graincast.evaluate.metrics import read_mask, score_grains, score_labels, score_particles
 from graincast.evaluate.overlay import BOTH, PREDICTED, TRUE, overlay
-from graincast.evaluate.realism import patch_entropies, realism
+from graincast.evaluate.realism import (
+    EMBEDDED,
+    HALVES,
+    INTERVAL,
+    REAL,
+    SYNTHETIC,
+    UNTEXTURED,
+    Realism,
+    distances,
+    halvings,
+    kernel_distances,
+    kernel_figures,
+    realism,
+    set_realism,
+    tsne,
+)
+from graincast.evaluate.realism_features import cut_patches, describe, encoder_features, nearest_ssim, vgg16_features, vgg16_file
 from graincast.microscope.preparation import Preparation
+from graincast.segment.network import build_network, standardise
 from graincast.segment.segmenter import Segmenter
-from graincast.store.imageset import ImageSetWriter
+from graincast.store.imageset import ImageSet, ImageSetWriter, folder_digest
 
 SHARED = Path(__file__).parents[2] / "shared"
 FIELDS = SHARED / "data" / "single-fields"
@@ -429,8 +449,16 @@ def alike() -> list[np.ndarray]:
     return [drawn_micrograph(seed)[0] for seed in range(10, 16)]
 
 
+def compared(real: list[np.ndarray], synthetic: list[np.ndarray], patch: int = 64, seed: int = 0) -> dict[str, float]:
+    """Figures of texture by name, the floors as ``X_floor``."""
+    rng = np.random.default_rng(seed)
+    sets = cut_patches({REAL: real, SYNTHETIC: synthetic}, patch, seed)
+    rows = distances({name: describe(patches.grey) for name, patches in sets.items()}, sets, halvings(sets[REAL].image, rng), rng)
+    return {f"{row['figure']}_floor" if row["set"] == REAL else row["figure"]: row["value"] for row in rows}
+
+
 def test_images_alike_lie_near_the_floor(real: list[np.ndarray], alike: list[np.ndarray]) -> None:
-    figures = realism(real, alike)
+    figures = compared(real, alike)
     names = [name for name in figures if not name.endswith("_floor")]
     assert sorted(figures) == sorted(names + [f"{name}_floor" for name in names])
     for name in names:
@@ -454,7 +482,7 @@ FLAWS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], list[str]]] = {
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_each_flaw_is_seen_by_its_figures(real: list[np.ndarray], alike: list[np.ndarray], flaw: str) -> None:
     spoil, names = FLAWS[flaw]
-    figures = realism(real, [spoil(image) for image in alike])
+    figures = compared(real, [spoil(image) for image in alike])
     for name in names:
         assert figures[name] > 3 * figures[f"{name}_floor"], name
 
@@ -462,7 +490,7 @@ def test_each_flaw_is_seen_by_its_figures(real: list[np.ndarray], alike: list[np
 def test_intensity_and_entropy_distances_by_hand() -> None:
     half = np.zeros((64, 64), np.uint8)
     half[:, ::2] = 100  # entropy 1 bit
-    figures = realism([half] * 2, [np.full((64, 64), 90, np.uint8)] * 2)
+    figures = compared([half] * 2, [np.full((64, 64), 90, np.uint8)] * 2)
     assert figures["intensity_distance"] == pytest.approx((90 + 10) / 2)
     assert figures["entropy_distance"] == pytest.approx(1)
     assert figures["intensity_distance_floor"] == figures["entropy_distance_floor"] == 0
@@ -470,21 +498,21 @@ def test_intensity_and_entropy_distances_by_hand() -> None:
 
 def test_sharpness_of_a_ramp_is_its_slope() -> None:
     ramp = np.tile(np.arange(0, 192, 3, dtype=np.uint8), (64, 1))
-    figures = realism([ramp] * 2, [np.zeros_like(ramp)] * 2)
+    figures = compared([ramp] * 2, [np.zeros_like(ramp)] * 2)
     assert figures["sharpness_distance"] == pytest.approx(3)
 
 
 def test_spectrum_of_known_noise() -> None:
     rng = np.random.default_rng(0)
     weak, strong = (rng.normal(128, spread, (6, 256, 256)).round().astype(np.uint8) for spread in (8, 16))
-    figures = realism(weak, strong)
+    figures = compared(weak, strong)
     assert figures["spectrum_distance"] == pytest.approx(20 * math.log10(2), abs=0.2)  # twice the amplitude
     assert figures["spectral_slope_distance"] < 0.05  # both white
     frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256))
     frequency[0, 0] = np.inf
     pink = [np.fft.irfft2(np.fft.rfft2(image - 128.0) / frequency) for image in strong]
     scaled = [(128 + 25 * image / image.std()).clip(0, 255).astype(np.uint8) for image in pink]
-    falling_as_f2 = realism(strong, scaled)
+    falling_as_f2 = compared(strong, scaled)
     assert falling_as_f2["spectral_slope_distance"] == pytest.approx(2, abs=0.4)
 
 
@@ -493,34 +521,245 @@ def test_unbiased_kernel_distance_averages_to_zero() -> None:
     values = []
     for k in range(20):
         pair = rng.normal(128, 12, (2, 128, 128)).clip(0, 255).astype(np.uint8)
-        values.append(realism(pair[:1], pair[1:], patch=32, seed=k)["texture_kid"])
+        values.append(compared(pair[:1], pair[1:], patch=32, seed=k)["texture_kid"])
     assert min(values) < 0 < max(values)
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
 
 
-def test_realism_is_reproducible_and_takes_one_small_image_a_set(real: list[np.ndarray]) -> None:
+def test_texture_figures_are_reproducible_and_takes_one_small_image_a_set(real: list[np.ndarray]) -> None:
     one, other = real[0][:40, :16], real[1][:21, :50]
-    first = realism([one], [other])
-    assert first == realism([one], [other])
+    first = compared([one], [other])
+    assert first == compared([one], [other])
     assert all(math.isfinite(value) for value in first.values())
 
 
-def test_patch_entropies_by_hand() -> None:
+def test_entropies_by_hand() -> None:
     image = np.zeros((64, 128), np.uint8)
     image[:, 64:] = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-    entropies = patch_entropies([image, image[:, :64]], patch=32)
-    assert entropies == pytest.approx([0, 0, 5, 5, 0, 0, 5, 5, 0, 0, 0, 0])
+    patches = cut_patches({"a": [image, image[:, :64]]}, patch=32)["a"]
+    assert describe(patches.grey)["entropy"] == pytest.approx([0, 0, 5, 5, 0, 0, 5, 5, 0, 0, 0, 0])
+    assert patches.image.tolist() == [0] * 8 + [1] * 4
+
+
+def test_patches_of_sets_of_one_shape_lie_at_the_same_places() -> None:
+    place = np.arange(400 * 400).reshape(400, 400)
+    sets = cut_patches({"low": [(place % 256).astype(np.uint8)] * 40, "high": [(place // 256 % 256).astype(np.uint8)] * 40}, patch=16)
+    assert len(sets["low"]) == len(sets["high"]) == 600
+    low, high = (sets[name].grey.astype(int) for name in ("low", "high"))
+    assert (np.diff(high[:, 0] * 256 + low[:, 0], axis=1) % 2**16 == 1).all()
 
 
 def test_realism_refuses_what_it_cannot_compare(real: list[np.ndarray]) -> None:
     for one, other in ((real, []), ([], real)):
         with pytest.raises(ValueError, match="got none"):
-            realism(one, other)
+            compared(one, other)
     with pytest.raises(ValueError, match="patch must be"):
-        realism(real, real, patch=4)
+        compared(real, real, patch=4)
     for wrong in (real[0].astype(float), real[0][..., None], real[0][:9]):
         with pytest.raises(ValueError, match="2-D uint8"):
-            realism(real, [wrong])
+            compared(real, [wrong])
+
+
+def mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """1000 times the unbiased MMD^2 with the kernel (x . y + 1)^3, a pair at a time."""
+    def mean(one: np.ndarray, other: np.ndarray, skip: bool) -> float:
+        return float(np.mean([(float(np.dot(x, y)) + 1) ** 3 for i, x in enumerate(one) for j, y in enumerate(other) if not (skip and i == j)]))
+
+    return 1000 * (mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False))
+
+
+def test_kernel_distances_against_the_definition() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random((9, 5)), rng.random((7, 5)) + 0.2
+    of_a, of_b = np.ones((3, 9), bool), np.ones((3, 7), bool)
+    of_a[1, :4], of_b[2, ::2] = False, False
+    expected = [mmd(a[rows], b[others]) for rows, others in zip(of_a, of_b, strict=True)]
+    np.testing.assert_allclose(kernel_distances(a, b, of_a, of_b), expected, rtol=1e-9)
+
+
+def test_intervals_cover_the_truth_and_the_floor_of_one_distribution_is_zero() -> None:
+    """Of many draws from two distributions of known distance, about 95 % of the intervals hold it."""
+    rng = np.random.default_rng(0)
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    draw = lambda count, shift: unit(rng.normal(shift, 1, (count, 6)))
+    everything = lambda rows: np.ones((1, len(rows)), bool)
+    many, shifted = draw(4000, 1.0), draw(4000, 1.3)
+    truth = kernel_distances(many, shifted, everything(many), everything(shifted))[0]
+    image = cut_patches({"a": [np.zeros((80, 80), np.uint8)]}, patch=8)["a"]  # a hundred patches of one image
+    held, floors = [], []
+    for _ in range(60):
+        floor, other = kernel_figures("kid", {REAL: draw(100, 1.0), SYNTHETIC: draw(100, 1.3)}, {REAL: image, SYNTHETIC: image}, rng)
+        held.append(other["low"] <= truth <= other["high"])
+        floors.append(floor["value"])
+        assert floor["low"] < 0 < floor["high"]
+    assert np.mean(held) >= 0.85
+    assert abs(np.mean(floors)) < 0.1 * truth
+    assert INTERVAL == (2.5, 97.5)
+
+
+def test_halves_part_whole_images_where_there_are_several() -> None:
+    rng = np.random.default_rng(0)
+    origin = np.repeat(np.arange(5), 7)
+    for half in halvings(origin, rng):
+        shares = [half[origin == image].mean() for image in range(5)]
+        assert sorted(shares) == [0, 0, 0, 1, 1]
+    assert (halvings(np.zeros(10, int), rng).sum(axis=1) == 5).all()
+
+
+def test_nearest_ssim_against_scikit_image(real: list[np.ndarray]) -> None:
+    patches = cut_patches({"a": real[:1], "b": real[1:2]}, patch=48)
+    a, b = patches["a"].grey[:4], patches["b"].grey[:5]
+    pairs = np.array([[structural_similarity(x, y, data_range=255) for y in b] for x in a])
+    np.testing.assert_allclose(nearest_ssim(a, b, stride=1), pairs.max(axis=1), atol=1e-4)
+    allowed = np.arange(5) != np.arange(4)[:, None]
+    np.testing.assert_allclose(nearest_ssim(a, b, allowed, stride=1), np.where(allowed, pairs, -1).max(axis=1), atol=1e-4)
+    np.testing.assert_allclose(nearest_ssim(a, b), pairs.max(axis=1), atol=0.05)  # every fourth window
+
+
+def test_ssim_of_the_same_patches_is_one(real: list[np.ndarray]) -> None:
+    grey = cut_patches({"a": real})["a"].grey
+    np.testing.assert_allclose(nearest_ssim(grey, grey), 1, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    """Random weights, with the statistics of its normalisations taken from micrographs as training does."""
+    torch.manual_seed(0)
+    network = build_network("Unet", "resnet18", None)
+    images = np.stack([standardise(drawn_micrograph(seed)[0])[:160, :192] for seed in range(40, 44)])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        network(torch.from_numpy(images)[:, None])
+    return network.eval()
+
+
+def test_encoder_features_see_neither_brightness_nor_contrast(real: list[np.ndarray], network: torch.nn.Module) -> None:
+    sets = cut_patches({"a": real[:1], "b": [(60 + real[0] // 2).astype(np.uint8)]}, patch=40)
+    features = {name: encoder_features(network, patches) for name, patches in sets.items()}
+    assert features["a"].shape == (len(sets["a"]), 512)
+    difference = np.abs(features["a"] - features["b"]).mean()
+    assert difference < 0.1 * features["a"].std()
+    assert features["a"].std(axis=0).mean() > 0
+
+
+@pytest.mark.parametrize("patch", [64, 9])
+def test_vgg16_is_read_from_torch_home_and_never_fetched(real: list[np.ndarray], patch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    patches = cut_patches({"a": real[:1]}, patch)["a"].take(np.arange(3))
+    with pytest.raises(FileNotFoundError, match="vgg16-397923af"):
+        vgg16_features(patches)
+    vgg16_file().parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16()
+    torch.save(model.state_dict(), vgg16_file())
+    features = vgg16_features(patches)
+    assert features.shape == (3, 512)
+    if patch == 64:
+        prepare = torchvision.models.VGG16_Weights.IMAGENET1K_V1.transforms(resize_size=64, crop_size=64)
+        inputs = torch.stack([prepare(Image.fromarray(grey).convert("RGB")) for grey in patches.grey])
+        with torch.no_grad():
+            np.testing.assert_allclose(features, model.eval().features[:-1](inputs).mean(dim=(2, 3)), rtol=1e-3, atol=1e-5)
+
+
+def test_maps_keep_groups_together_and_are_reproducible() -> None:
+    rng = np.random.default_rng(0)
+    features = np.concatenate([rng.normal(centre, 1, (60, 8)) for centre in (0, 12)]).astype(np.float32)
+    places = tsne(features, 0)
+    assert places.shape == (120, 2)
+    assert (places == tsne(features, 0)).all()
+    nearest = np.linalg.norm(places[:, None] - places, axis=2)
+    np.fill_diagonal(nearest, np.inf)
+    assert ((nearest.argmin(axis=1) < 60) == (np.arange(120) < 60)).all()
+
+
+@pytest.fixture(scope="module")
+def run_sets(real: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageSet]:
+    """Micrographs; morphologies; and those with the micrographs' grain and noise, two copies of each, one dropped."""
+    folder = tmp_path_factory.mktemp("run")
+    writers = {name: ImageSetWriter(folder / name, name) for name in ("micrographs", "morphologies", "synthetic")}
+    with writers["micrographs"] as micrographs, writers["morphologies"] as morphologies, writers["synthetic"] as synthetic:
+        for k, image in enumerate(real):
+            micrographs.add(image, id=f"m{k}")
+        for k in range(20, 26):
+            image, labels = drawn_micrograph(k)
+            morphologies.add(np.where(labels, 200, 60).astype(np.uint8), id=f"s{k}", labels=labels)
+            if k != 23:
+                synthetic.add(image, id=f"s{k}-0", labels=labels, morphology=f"s{k}", fidelity=0.9)
+                synthetic.add(255 - image, id=f"s{k}-1", labels=labels, morphology=f"s{k}", fidelity=0.9)
+    return {name: writer.result for name, writer in writers.items()}
+
+
+@pytest.fixture(scope="module")
+def found(run_sets: dict[str, ImageSet], network: torch.nn.Module) -> Realism:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", "/nowhere")
+        return set_realism(run_sets["micrographs"], run_sets["synthetic"], run_sets["morphologies"], network)
+
+
+def test_untextured_pictures_are_further_away_than_translated_ones(found: Realism) -> None:
+    figures = found.summary
+    for name in ("intensity_distance", "entropy_distance", "sharpness_distance", "spectrum_distance", "texture_kid", "encoder_kid"):
+        assert figures[name][UNTEXTURED] > 3 * figures[name][SYNTHETIC], name
+        assert figures[name][UNTEXTURED] > 3 * figures[name][REAL], name
+    for name in ("texture_kid", "encoder_kid"):
+        assert figures[name]["synthetic_low"] < figures[name][SYNTHETIC] < figures[name]["synthetic_high"] < figures[name]["untextured_low"]
+    assert abs(figures["ssim_nearest"][SYNTHETIC] - figures["ssim_nearest"][REAL]) < 0.05
+    assert figures["label_fidelity"][UNTEXTURED] > 0.8
+
+
+def test_realism_holds_all_that_is_drawn(found: Realism, run_sets: dict[str, ImageSet]) -> None:
+    (note,) = found.notes
+    assert note.startswith("Features of VGG16 were not compared: its weights, vgg16-397923af.pth, are not on this machine")
+    patches = found.patches
+    assert len(found.fidelity) == 2 * 5  # of each morphology the first copy; the dropped one is left out
+    assert patches.groupby("set")["image"].nunique().to_dict() == {REAL: 6, SYNTHETIC: 5, UNTEXTURED: 5}
+    embedded = patches["encoder_x"].notna()
+    assert (embedded.groupby(patches["set"]).sum() == patches.groupby("set").size().clip(upper=EMBEDDED)).all()
+    assert set(patches.loc[patches["set"] == REAL, "half"]) == set(HALVES)
+    assert patches.loc[patches["set"] != REAL, "half"].isna().all()
+    shares = found.curves[found.curves["curve"] == "intensity"].groupby("set")["value"].sum()
+    assert shares.to_dict() == pytest.approx(dict.fromkeys((REAL, SYNTHETIC, UNTEXTURED, *HALVES), 1))
+    (k, y, x), side = _place(run_sets["synthetic"], found.surfaces[SYNTHETIC]), len(found.surfaces[SYNTHETIC])
+    morphology = list(run_sets["morphologies"].rows["id"]).index(run_sets["synthetic"].rows["morphology"][k])
+    np.testing.assert_array_equal(run_sets["morphologies"].image(morphology)[y : y + side, x : x + side], found.surfaces[UNTEXTURED])
+
+
+def _place(images: ImageSet, patch: np.ndarray) -> tuple[int, int, int]:
+    """Number of the image that holds a patch, and where in it."""
+    side = len(patch)
+    return next((k, y, x) for k, image in enumerate(images) for y in range(0, image.shape[0] - side + 1, side)
+                for x in range(0, image.shape[1] - side + 1, side) if (image[y : y + side, x : x + side] == patch).all())
+
+
+def test_realism_comes_back_from_disk_and_out_the_same_twice(found: Realism, run_sets: dict[str, ImageSet], network: torch.nn.Module, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", "/nowhere")
+    again = set_realism(run_sets["micrographs"], run_sets["synthetic"], run_sets["morphologies"], network)
+    for name, result in (("first", found), ("second", again)):
+        (tmp_path / name).mkdir()
+        result.save(tmp_path / name)
+    assert folder_digest(tmp_path / "first") == folder_digest(tmp_path / "second")
+    loaded = Realism.load(tmp_path / "first")
+    for name in ("figures", "patches", "curves", "fidelity"):
+        pd.testing.assert_frame_equal(getattr(loaded, name), getattr(found, name), rtol=1e-4)
+    assert loaded.notes == found.notes
+    assert all((loaded.surfaces[name] == patch).all() for name, patch in found.surfaces.items())
+
+
+def test_realism_of_one_image_a_set(real: list[np.ndarray], network: torch.nn.Module) -> None:
+    image, labels = drawn_micrograph(30)
+    few = realism(real[:1], [image], [np.where(labels, 200, 60).astype(np.uint8)], [labels], network)
+    assert all(math.isfinite(value) for values in few.summary.values() for value in values.values())
+    assert few.patches["ssim"].max() < 1  # a real patch is not its own neighbour
+
+
+def test_realism_refuses_sets_that_do_not_belong_together(real: list[np.ndarray], run_sets: dict[str, ImageSet], network: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match="a picture and labels of the same shape for each synthetic image"):
+        realism(real, real[:2], real[:1], real[:1], network)
+    with pytest.raises(ValueError, match="lacks the morphology s2"):
+        set_realism(run_sets["micrographs"], run_sets["synthetic"], run_sets["micrographs"], network)
 
 
 # --- overlays ---

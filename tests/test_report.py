@@ -19,8 +19,9 @@ from skimage.segmentation import find_boundaries
 
 from graincast.config import Config
 from graincast.evaluate.metrics import score_grains, score_particles
-from graincast.evaluate.realism import realism
-from graincast.report.figures import figures, side_by_side, to_png
+from graincast.evaluate.realism import HALVES, REAL, SYNTHETIC, UNTEXTURED, Realism, set_realism
+from graincast.report.drawing import to_png
+from graincast.report.figures import figures, side_by_side
 from graincast.report.findings import (
     METRICS,
     REALISM,
@@ -28,12 +29,12 @@ from graincast.report.findings import (
     grain_sizes,
     headline,
     mean_scores,
-    realism_figures,
     summarise,
 )
 from graincast.report.html import build_report
 from graincast.report.inputs import OURS, ReportInputs
 from graincast.report.terminal import summary_table
+from graincast.segment.network import build_network
 from graincast.store.imageset import ImageSet, ImageSetWriter
 
 SECTIONS = ["images", "realism", "segmentation", "grains", "training", "read", "labels", "provenance",
@@ -92,6 +93,21 @@ def score_table(ours: float = 0.9, baseline: float = 0.7, name: str = "real mask
     return pd.DataFrame(rows)
 
 
+def likeness(name: str = "intensity_distance") -> Realism:
+    """Made-up findings of two patches a set."""
+    sets, rng = (REAL, SYNTHETIC, UNTEXTURED), np.random.default_rng(5)
+    figures = [{"figure": name, "set": s, "value": v, "low": np.nan, "high": np.nan} for s, v in zip(sets, (1.5, 4.25, 60.0), strict=True)]
+    figures += [{"figure": "encoder_kid", "set": s, "value": v, "low": v - 2, "high": v + 3} for s, v in zip(sets, (0.1, 20.5, 999.0), strict=True)]
+    patches = pd.DataFrame([{"set": s, "image": k, "half": HALVES[k] if s == REAL else None, "entropy": 5 + rng.random(), "ssim": rng.random(),
+                             "encoder_x": rng.random(), "encoder_y": rng.random()} for s in sets for k in range(2)])
+    grey = np.arange(256.0)
+    curves = [pd.DataFrame({"curve": curve, "set": s, "x": x, "value": rng.dirichlet(np.ones(len(x)))})
+              for curve, x in (("intensity", grey), ("spectrum", grey[1:33] / 64)) for s in (*sets, *HALVES)]
+    surfaces = {s: rng.integers(0, 256, (16, 16), np.uint8) for s in (*HALVES, SYNTHETIC, UNTEXTURED)}
+    fidelity = pd.DataFrame({"set": [SYNTHETIC, UNTEXTURED], "fidelity": [0.8, 0.97]})
+    return Realism(pd.DataFrame(figures), patches, pd.concat(curves, ignore_index=True), fidelity, surfaces, ["VGG16 was not asked: <no weights>"])
+
+
 def make_inputs(sets: dict[str, ImageSet], **changes: object) -> ReportInputs:
     rng = np.random.default_rng(0)
     steps, epochs = np.arange(40), np.arange(6)
@@ -106,7 +122,7 @@ def make_inputs(sets: dict[str, ImageSet], **changes: object) -> ReportInputs:
                                            "val_ap50": epochs / 6,
                                            "val_loss": [0.9, 0.5, 0.4, 0.35, 0.36, 0.37]}),
         "scores": score_table(),
-        "realism": {"intensity_distance": 4.25, "intensity_distance_floor": 1.5},
+        "realism": likeness(),
         "grains": pd.DataFrame({"set": ["simulated truth"] * 60 + ["predicted on micrographs"] * 40,
                                 "image": "a", "unit": ["px"] * 60 + ["um"] * 40,
                                 "equivalent_diameter": np.r_[rng.gamma(9, 3, 60), np.full(40, 1.25)]}),
@@ -201,7 +217,7 @@ def test_report_shows_every_section(document: str, inputs: ReportInputs) -> None
     assert inputs.title in text["top"]
     for section, words in {
         "top": ["91 of 100 grains, true or found, match", "better than the local", "1.25 µm", "1 refused", "1 dropped"],
-        "realism": ["intensity distance", "4.250", "1.500"],
+        "realism": ["grey levels", "4.250", "60", "1.500", "20.50 (18.50 to 23.50)", "near the floor", "VGG16 was not asked: <no weights>", "Good:"],
         "segmentation": ["held-out synthetic", "real masks", "0.910", "local threshold", "field 0"],
         "grains": ["simulated truth", "predicted on micrographs", "1.250"],
         "read": ["0-field.tif", "120 \N{MULTIPLICATION SIGN} 120", "0.05", "sharpness",
@@ -213,7 +229,7 @@ def test_report_shows_every_section(document: str, inputs: ReportInputs) -> None
     }.items():
         for word in words:
             assert word in text[section], (section, word)
-    assert len(Page(document).all("img")) == len(figures(inputs)) + len(inputs.overlays) == 9
+    assert len(Page(document).all("img")) == len(figures(inputs)) + len(inputs.overlays) == 14
 
 
 def test_embedded_overlay_is_lossless(sets: dict[str, ImageSet]) -> None:
@@ -227,7 +243,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     sets = image_sets(tmp_path, source=HOSTILE)
     document = build_report(make_inputs(sets, title=HOSTILE, scores=score_table(name=HOSTILE),
                                         overlays={HOSTILE: np.zeros((4, 4, 3), np.uint8)},
-                                        realism={HOSTILE: 1.0}, config={HOSTILE: HOSTILE},
+                                        realism=likeness(HOSTILE), config={HOSTILE: HOSTILE},
                                         run={HOSTILE: "javascript:alert(1)"}))
     page = Page(document)
     assert page.all("script") == []
@@ -254,7 +270,7 @@ def test_virtual_is_said_plainly(sets: dict[str, ImageSet], document: str) -> No
 def test_report_without_masks_refusals_pixel_size_or_histories(tmp_path: Path) -> None:
     empty = pd.DataFrame()
     sets = image_sets(tmp_path, pixel_size_um=None, refusals=False)
-    bare = make_inputs(sets, scores=empty, grains=empty, overlays={}, realism={}, translator_history=empty,
+    bare = make_inputs(sets, scores=empty, grains=empty, overlays={}, realism=None, translator_history=empty,
                        segmenter_history=empty, run={})
     page = Page(build_report(bare))
     assert [s["id"] for s in page.all("section")] == SECTIONS
@@ -264,7 +280,8 @@ def test_report_without_masks_refusals_pixel_size_or_histories(tmp_path: Path) -
     assert "No synthetic image was dropped" in page.text["labels"]
     assert "µm" not in page.text["images"] + page.text["grains"]
     assert "No grain was measured" in page.text["grains"]
-    assert set(figures(bare)) == {"images", "intensity", "entropy", "fidelity"}
+    assert "not measured" in page.text["realism"]
+    assert set(figures(bare)) == {"images", "fidelity"}
     assert "translator" in printed(summary_table(bare, {}, {}))
 
 
@@ -326,15 +343,31 @@ def test_scale_bar(tmp_path: Path, pixel_size: float | None, words: str) -> None
     assert np.ptp(bar.get_paths()[0].vertices[:, 0]) == pytest.approx(20 * 3)  # 96 px are drawn threefold
 
 
-def test_intensity_histogram_counts_every_pixel(inputs: ReportInputs) -> None:
+def test_intensity_histogram_draws_what_was_found(inputs: ReportInputs) -> None:
+    assert inputs.realism is not None
     (axes,) = figures(inputs)["intensity"].axes
-    names = {"real": inputs.micrographs, "simulated": inputs.morphologies, "synthetic": inputs.synthetic}
-    outlines = {patch.get_label(): patch for patch in axes.patches if patch.get_label() in names}
-    assert set(outlines) == set(names)
-    for name, images in names.items():
-        pixels = np.concatenate([image.ravel() for image in images])
-        expected = 100 * np.bincount(pixels, minlength=256).reshape(128, 2).sum(1) / pixels.size
+    outlines = {str(patch.get_label()): patch for patch in axes.patches}
+    curves = inputs.realism.curves[inputs.realism.curves["curve"] == "intensity"]
+    for name in (REAL, SYNTHETIC, UNTEXTURED, *HALVES):
+        expected = 100 * curves.loc[curves["set"] == name, "value"].to_numpy().reshape(128, 2).sum(1)
         np.testing.assert_allclose(outlines[name].get_data().values, expected, err_msg=name)
+
+
+def test_kernel_distances_are_drawn_with_their_intervals(inputs: ReportInputs) -> None:
+    (axes,) = figures(inputs)["kid"].axes
+    drawn = {str(bars.get_label()): bars for bars in axes.containers}
+    for name, value in ((REAL, 0.1), (SYNTHETIC, 20.5), (UNTEXTURED, 999.0)):
+        point, _, (line,) = drawn[name]
+        assert point.get_xdata() == [value]
+        np.testing.assert_allclose(line.get_segments()[0][:, 0], [value - 2, value + 3])
+
+
+def test_every_realism_figure_stands_beside_its_floor(inputs: ReportInputs) -> None:
+    drawn = figures(dataclasses.replace(inputs, virtual=True))
+    for name in ("intensity", "spectrum", "entropy", "ssim", "embedding"):
+        labels = {text.partition(" (")[0] for text in drawn[name].axes[0].get_legend_handles_labels()[1]}
+        assert {"virtual, one half", "virtual, other half", "synthetic", "untextured"} <= labels, name
+    assert [axes.get_title() for axes in drawn["surfaces"].axes] == ["virtual, one half", "virtual, other half", "synthetic", "untextured"]
 
 
 # what the numbers say
@@ -382,9 +415,12 @@ def test_metrics_cover_the_projects_own_scores() -> None:
     assert set(score_particles(labels, labels > 0)) <= set(METRICS)
 
 
-def test_every_realism_figure_is_explained(inputs: ReportInputs) -> None:
-    figures = realism(list(inputs.micrographs), list(inputs.synthetic))
-    assert [name for name, _, floor in realism_figures(figures) if floor is not None] == list(REALISM)
+def test_every_realism_figure_is_explained(inputs: ReportInputs, tmp_path: Path) -> None:
+    with ImageSetWriter(tmp_path / "synthetic", "synthetic") as writer:
+        for k in (0, 2):
+            writer.add(inputs.synthetic.image(k), id=f"{k}", labels=inputs.synthetic.labels(k), morphology=f"s{2 * k - k // 2}")
+    found = set_realism(inputs.micrographs, writer.result, inputs.morphologies, build_network("Unet", "resnet18", None).eval())
+    assert set(found.summary) | {"vgg16_kid"} == set(REALISM)
 
 
 # the terminal

@@ -191,7 +191,8 @@ def _stage_evaluate(config: Config, data: Path) -> None:
 
     synthetic = {name: ImageSet(data / "synthetic" / name) for name in ("training", "validation")}
     images, masks = masked_files(config.session, data / "session")
-    run_evaluate(config.evaluate, data / "segmenter", data / "translator", synthetic, ImageSet(data / "micrographs"), data / "evaluation",
+    morphologies, micrographs = ImageSet(data / "morphologies" / "synthetic"), ImageSet(data / "micrographs")
+    run_evaluate(config.evaluate, data / "segmenter", data / "translator", morphologies, synthetic, micrographs, data / "evaluation",
                  images=images, masks=masks, virtual=config.session.folder is None)
 
 

@@ -6,7 +6,6 @@ folder appears under its name only when it is whole; nothing in it depends on wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from graincast.checkpoint import Checkpoint
 from graincast.compute import Log
 from graincast.errors import UserError
 from graincast.evaluate.evaluation import evaluate, match_masks
-from graincast.evaluate.realism import realism
+from graincast.evaluate.realism import set_realism
 from graincast.microscope.ingest import ingest
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.virtual_sem import write_session
@@ -32,7 +31,7 @@ from graincast.synthesise.cyclegan.train import CycleGAN, train_cyclegan
 from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
 
-HISTORY, REALISM = "history.csv", "realism.json"
+HISTORY, REALISM = "history.csv", "realism"
 
 
 def run_virtual_sem(config: settings.VirtualSession, out: Path) -> Path:
@@ -89,20 +88,23 @@ def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validati
     return out
 
 
-def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, synthetic: Mapping[str, ImageSet], micrographs: ImageSet, out: Path, *,
-                 images: Path | None = None, masks: Path | None = None, virtual: bool = False) -> Path:
-    """Figures in `out`: ``scores.csv``, ``skipped.json``, ``grains.parquet``, ``realism.json`` and ``overlays/*.png``.
+def run_evaluate(config: settings.Evaluate, segmenter: Path, translator: Path, morphologies: ImageSet, synthetic: Mapping[str, ImageSet],
+                 micrographs: ImageSet, out: Path, *, images: Path | None = None, masks: Path | None = None, virtual: bool = False) -> Path:
+    """Figures in `out`: ``scores.csv``, ``skipped.json``, ``grains.parquet``, ``overlays/*.png`` and ``realism/``.
 
-    `images` and `masks` are folders of micrograph files with masks of the same names, where there are any.
+    `morphologies` are those that the synthetic training images were drawn from. `images` and `masks` are folders of
+    micrograph files with masks of the same names, where there are any.
     """
     masked = match_masks(images, masks) if images and masks else []
-    result = evaluate(Segmenter.load(segmenter), synthetic["validation"], halves(synthetic["validation"])[1], micrographs, config,
+    trained = Segmenter.load(segmenter)
+    result = evaluate(trained, synthetic["validation"], halves(synthetic["validation"])[1], micrographs, config,
                       bright_boundaries=CycleGAN.load(translator).bright_boundaries, masked=masked,
                       masked_set="virtual micrographs, held out" if virtual else "real micrographs")
-    likeness = realism(list(micrographs), list(synthetic["training"]))
+    likeness = set_realism(micrographs, synthetic["training"], morphologies, trained.network)
     with whole_folder(out) as folder:
         result.save(folder)
-        (folder / REALISM).write_text(json.dumps(likeness, indent=1))
+        (folder / REALISM).mkdir()
+        likeness.save(folder / REALISM)
     return out
 
 

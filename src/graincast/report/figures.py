@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,22 +11,14 @@ from matplotlib.figure import Figure
 from skimage.morphology import skeletonize
 
 from graincast.evaluate.overlay import TRUE
-from graincast.evaluate.realism import patch_entropies
+from graincast.report import realism_figures
+from graincast.report.drawing import CURVES, GREY, INK, heading, legend, palette, row_of_axes, shared_legend, sheet, steps, style
 from graincast.report.findings import METRICS, OURS, is_measured, mean_scores, plural, unit_label
 from graincast.report.inputs import ReportInputs
 from graincast.store.imageset import ImageSet
 
-# Okabe & Ito's palette, told apart by colour-blind readers too (https://jfly.uni-koeln.de/color/).
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
-GREY, PALE, INK = "#8a8f98", "#d9dce1", "#1f2430"
-CURVES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
-PALETTE = (BLUE, GREY, *CURVES[1:])
-
-DPI = 160
 CROP = 256
 """Largest side of the image crops shown side by side, px."""
-PATCH = 64
-"""Side of the patches whose entropy is measured, px; less where an image is smaller than two of them."""
 CHARTED = ("ap50", "pq", "bf1_2px", "bf1_4px", "miou")
 """Scores between 0 and 1 that are drawn; the tables hold all."""
 
@@ -43,27 +33,17 @@ def figures(inputs: ReportInputs) -> dict[str, Figure]:
     Returns
     -------
     dict of str to matplotlib.figure.Figure
-        ``images, intensity, entropy, scores, grain_size, translator, segmenter, fidelity``; those without
-        data are left out. Overlays are images already and stay in `ReportInputs.overlays`.
+        ``images``, those of `graincast.report.realism_figures`, ``scores, grain_size, translator, segmenter``; those
+        without data are left out. Overlays are images already and stay in `ReportInputs.overlays`.
     """
     drawn: dict[str, tuple[bool, Callable[[ReportInputs], Figure]]] = {
         "images": (True, side_by_side),
-        "intensity": (True, intensity_histograms),
-        "entropy": (True, entropy_distributions),
         "scores": (bool(_charted(inputs.scores)), score_comparison),
         "grain_size": (len(inputs.grains) > 0, grain_size_distributions),
         "translator": (len(inputs.translator_history) > 0, translator_losses),
         "segmenter": (len(inputs.segmenter_history) > 0, segmenter_curves),
-        "fidelity": (True, label_fidelity),
     }
-    return {name: draw(inputs) for name, (has_data, draw) in drawn.items() if has_data}
-
-
-def to_png(figure: Figure) -> bytes:
-    """Encode a figure; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return {name: draw(inputs) for name, (has_data, draw) in drawn.items() if has_data} | realism_figures.figures(inputs)
 
 
 # Images
@@ -161,62 +141,7 @@ def _scale_bar(real: ImageSet, side: int) -> tuple[float, str]:
     return length / unit, f"{length:g} {'µm' if known else 'px'}"
 
 
-# Grey levels
-
-
-def intensity_histograms(inputs: ReportInputs) -> Figure:
-    """Grey-level histograms of micrographs, simulated and synthetic images, each over all its pixels."""
-    figure, axes = _chart(5.4, 3.5)
-    edges = np.arange(0, 257, 2)  # two levels a bin: equalised images skip levels and would draw as a comb
-    for name, images, colour in _three_sets(inputs):
-        counts = np.sum([np.histogram(image, edges)[0] for image in images], axis=0)
-        _steps(axes, counts, edges, colour, name)
-    axes.set(xlim=(0, 256), xlabel="grey level (0 black, 255 white)", ylabel="share of pixels, %")
-    _legend(axes)
-    return figure
-
-
-def entropy_distributions(inputs: ReportInputs) -> Figure:
-    """Distributions of the Shannon entropy of the grey levels in patches of `PATCH` px."""
-    figure, axes = _chart(5.4, 3.5)
-    patch = min(PATCH, smallest_side(inputs) // 2)
-    values = {name: patch_entropies(list(images), patch) for name, images, _ in _three_sets(inputs)}
-    everything = np.concatenate(list(values.values()))
-    edges = np.linspace(everything.min() - 0.05, everything.max() + 0.05, 49)
-    for name, _, colour in _three_sets(inputs):
-        label = f"{name} (mean {values[name].mean():.2f})"
-        _steps(axes, np.histogram(values[name], edges)[0], edges, colour, label)
-    axes.set_xlabel(f"entropy of the grey levels in patches of {patch} px, bits")
-    axes.set_ylabel("share of patches, %")
-    _legend(axes)
-    return figure
-
-
-def _three_sets(inputs: ReportInputs) -> list[tuple[str, ImageSet, str]]:
-    """Name, images and colour of the sets whose grey levels are compared."""
-    return [(inputs.micrograph, inputs.micrographs, BLUE), ("simulated", inputs.morphologies, GREY),
-            ("synthetic", inputs.synthetic, VERMILION)]
-
-
-# Labels and scores
-
-
-def label_fidelity(inputs: ReportInputs) -> Figure:
-    """Distribution of the synthetic images' label fidelity, kept and dropped, with the limit between them."""
-    figure, axes = _chart(5.4, 3.1)
-    synthetic, limit = inputs.synthetic, inputs.config.get("synthesise", {}).get("min_fidelity")
-    groups = {"kept": synthetic.rows["fidelity"]}
-    if "fidelity" in synthetic.refused and synthetic.refused["fidelity"].notna().any():
-        groups["dropped"] = synthetic.refused["fidelity"].dropna()
-    axes.hist([values.to_numpy(float) for values in groups.values()], np.linspace(0, 1, 41).tolist(),
-              stacked=True, color=[GREEN, GREY][: len(groups)],
-              label=[f"{name} ({len(values)})" for name, values in groups.items()])
-    if limit is not None:
-        axes.axvline(limit, color=INK, linewidth=1, linestyle="--", label=f"limit {limit:g}")
-    axes.set(xlim=(0, 1), xlabel="label fidelity (1: boundaries lie where the labels are)", ylabel="images")
-    axes.locator_params(axis="y", integer=True)
-    _legend(axes, "upper left")
-    return figure
+# Scores
 
 
 def score_comparison(inputs: ReportInputs) -> Figure:
@@ -224,11 +149,11 @@ def score_comparison(inputs: ReportInputs) -> Figure:
     metrics, means = _charted(inputs.scores), mean_scores(inputs.scores)
     sets = list(dict.fromkeys(means["set"]))
     methods = sorted(set(means["method"]), key=lambda name: (name != OURS, name))
-    colours = _colours(methods)
+    colours = palette(methods)
     thick = 0.8 / len(methods)
-    figure = _sheet(5.4 * len(sets), 0.9 + 0.55 * len(metrics))
-    for axes, name in zip(_row_of_axes(figure, len(sets)), sets, strict=True):
-        _style(axes, grid="x")
+    figure = sheet(5.4 * len(sets), 0.9 + 0.55 * len(metrics))
+    for axes, name in zip(row_of_axes(figure, len(sets)), sets, strict=True):
+        style(axes, grid="x")
         scored = inputs.scores[inputs.scores["set"] == name]
         for k, method in enumerate(methods):
             values = scored.loc[scored["method"] == method, metrics]
@@ -238,8 +163,8 @@ def score_comparison(inputs: ReportInputs) -> Figure:
         axes.set_xlim(0, 1.02)
         axes.set_yticks(range(len(metrics)), [METRICS[metric].label for metric in metrics])
         axes.invert_yaxis()
-        _title(axes, f"{name} ({plural(scored['image'].nunique(), 'image')})")
-    _shared_legend(figure)
+        heading(axes, f"{name} ({plural(scored['image'].nunique(), 'image')})")
+    shared_legend(figure)
     return figure
 
 
@@ -258,10 +183,10 @@ def grain_size_distributions(inputs: ReportInputs) -> Figure:
     """
     grains = inputs.grains
     units = list(dict.fromkeys(grains["unit"]))
-    colours = _colours(sorted(dict.fromkeys(grains["set"]), key=lambda name: not is_measured(name)))
+    colours = palette(sorted(dict.fromkeys(grains["set"]), key=lambda name: not is_measured(name)))
     means = grains.groupby(["set", "unit"])["equivalent_diameter"].transform("mean")
-    figure = _sheet(10.8 if len(units) == 1 else 12, 3.7)
-    *absolute, relative = _row_of_axes(figure, len(units) + 1)
+    figure = sheet(10.8 if len(units) == 1 else 12, 3.7)
+    *absolute, relative = row_of_axes(figure, len(units) + 1)
     for axes, unit in zip(absolute, units, strict=True):
         _size_histogram(axes, grains[grains["unit"] == unit], colours)
         axes.set_xlabel(f"equivalent grain diameter, {unit_label(unit)}")
@@ -269,17 +194,17 @@ def grain_size_distributions(inputs: ReportInputs) -> Figure:
     _size_histogram(relative, scaled, colours)
     relative.set_xlabel("equivalent grain diameter / mean of its set")
     figure.axes[0].set_ylabel("share of grains, %")
-    _shared_legend(figure)
+    shared_legend(figure)
     return figure
 
 
 def _size_histogram(axes: Axes, grains: pd.DataFrame, colours: Mapping[str, str]) -> None:
-    _style(axes)
+    style(axes)
     edges = np.linspace(0, 1.05 * grains["equivalent_diameter"].quantile(0.999), 31)
     for name, colour in colours.items():
         diameters = grains.loc[grains["set"] == name, "equivalent_diameter"]
         if len(diameters):
-            _steps(axes, np.histogram(diameters, edges)[0], edges, colour, name)
+            steps(axes, np.histogram(diameters, edges)[0], edges, colour, name)
     axes.set_xlim(0, edges[-1])
 
 
@@ -297,9 +222,9 @@ def translator_losses(inputs: ReportInputs) -> Figure:
     """The translator's weighted losses: every step faint, the running mean over 5 % of the steps strong."""
     history = inputs.translator_history
     window = max(1, len(history) // 20)
-    figure = _sheet(12, 3.1)
-    for axes, (title, losses) in zip(_row_of_axes(figure, 3), TRANSLATOR_PANELS.items(), strict=True):
-        _style(axes)
+    figure = sheet(12, 3.1)
+    for axes, (title, losses) in zip(row_of_axes(figure, 3), TRANSLATOR_PANELS.items(), strict=True):
+        style(axes)
         for (name, label), colour in zip(losses.items(), CURVES, strict=False):
             if name in history:
                 axes.plot(history["step"] + 1, history[name], color=colour, alpha=0.2, linewidth=0.7)
@@ -307,8 +232,8 @@ def translator_losses(inputs: ReportInputs) -> Figure:
                 axes.plot(history["step"] + 1, smooth, color=colour, linewidth=1.6, label=label)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
-        _title(axes, title)
-        _legend(axes)
+        heading(axes, title)
+        legend(axes)
     figure.axes[0].set_ylabel("weighted loss")
     return figure
 
@@ -320,9 +245,9 @@ def segmenter_curves(inputs: ReportInputs) -> Figure:
     panels = {"Loss": {"train_loss": "training", "val_loss": "held-out synthetic"}}
     if metrics:
         panels["On held-out synthetic images"] = {name: _metric_label(name[4:]) for name in metrics}
-    figure = _sheet(5.4 * len(panels), 3.1)
-    for axes, (title, curves) in zip(_row_of_axes(figure, len(panels)), panels.items(), strict=True):
-        _style(axes)
+    figure = sheet(5.4 * len(panels), 3.1)
+    for axes, (title, curves) in zip(row_of_axes(figure, len(panels)), panels.items(), strict=True):
+        style(axes)
         for (name, label), colour in zip(curves.items(), CURVES * len(curves), strict=False):
             axes.plot(history["epoch"] + 1, history[name], color=colour, marker="o", ms=2.5, label=label)
         if history["val_loss"].notna().any():
@@ -331,65 +256,10 @@ def segmenter_curves(inputs: ReportInputs) -> Figure:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
-        _title(axes, title)
-        _legend(axes)
+        heading(axes, title)
+        legend(axes)
     return figure
 
 
 def _metric_label(name: str) -> str:
     return METRICS[name].label if name in METRICS else name.replace("_", " ")
-
-
-# Drawing
-
-
-def _sheet(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-
-
-def _chart(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _sheet(width, height)
-    (axes,) = _row_of_axes(figure, 1)
-    _style(axes)
-    return figure, axes
-
-
-def _row_of_axes(figure: Figure, count: int) -> list[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _steps(axes: Axes, counts: np.ndarray, edges: np.ndarray, colour: str, label: str) -> None:
-    """Outline of a histogram in per cent over a faint filling."""
-    share = 100 * counts / max(counts.sum(), 1)
-    axes.stairs(share, edges, color=colour, fill=True, alpha=0.12)
-    axes.stairs(share, edges, color=colour, linewidth=1.5, label=label)
-
-
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
-
-
-def _style(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.grid(axis=grid, color=PALE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, color=GREY, labelcolor=INK)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(size=10, color=INK)
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontsize=10.5, color=INK)
-
-
-def _legend(axes: Axes, place: Literal["best", "upper left"] = "best") -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=place)
-
-
-def _shared_legend(figure: Figure) -> None:
-    """One legend below all panels, each name once."""
-    handles = {label: handle for axes in figure.axes
-               for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles),
-                  frameon=False, fontsize=9, labelcolor=INK)

@@ -37,15 +37,29 @@ METRICS: dict[str, Metric] = {
 }
 """Metrics in the order in which they are shown."""
 
-REALISM: dict[str, str] = {
-    "intensity_distance": "grey-level histograms, grey levels",
-    "entropy_distance": "local entropy, bits",
-    "sharpness_distance": "gradient magnitudes, grey levels per px",
-    "spectrum_distance": "mean power spectra, dB",
-    "spectral_slope_distance": "slopes of the power spectra",
-    "texture_kid": "kernel distance of texture descriptors, times 1000",
+class Likeness(NamedTuple):
+    """How a figure of realism is shown, what it compares, and what a good one looks like."""
+
+    label: str
+    meaning: str
+    good: str
+
+
+NEAR_FLOOR = "near the floor"
+REALISM: dict[str, Likeness] = {
+    "intensity_distance": Likeness("grey levels", "grey-level histograms, grey levels", NEAR_FLOOR),
+    "entropy_distance": Likeness("local entropy", "Shannon entropies of patches, bits", NEAR_FLOOR),
+    "sharpness_distance": Likeness("sharpness", "gradient magnitudes, grey levels per px", NEAR_FLOOR),
+    "spectrum_distance": Likeness("power spectrum", "mean power spectra, dB", NEAR_FLOOR),
+    "spectral_slope_distance": Likeness("spectral slope", "slopes of the power spectra", NEAR_FLOOR),
+    "texture_kid": Likeness("KID, texture", "kernel distance of texture descriptors, times 1000", NEAR_FLOOR),
+    "encoder_kid": Likeness("KID, encoder", "kernel distance of the segmenter's own features, times 1000", NEAR_FLOOR),
+    "vgg16_kid": Likeness("KID, VGG16", "kernel distance of VGG16's features, times 1000", NEAR_FLOOR),
+    "ssim_nearest": Likeness("SSIM, nearest", "structural similarity to the nearest {kind} patch",
+                             "as {kind} against {kind}; more says smooth, not alike"),
+    "label_fidelity": Likeness("label fidelity", "boundaries that lie where the labels have them", "near that of the untextured"),
 }
-"""What each realism figure compares."""
+"""The figures of realism in the order in which they are shown; ``{kind}`` is that of the micrographs."""
 
 
 def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
@@ -179,12 +193,6 @@ def measured_size(grains: pd.DataFrame) -> dict[str, Any] | None:
     return next((row for row in rows if is_measured(row["set"])), None)
 
 
-def realism_figures(realism: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
-    """Name, value and floor (None where there is none) of each realism figure."""
-    return [(name, value, realism.get(f"{name}_floor")) for name, value in realism.items()
-            if not (name.endswith("_floor") and name.removesuffix("_floor") in realism)]
-
-
 def source_name(row: Mapping[str, Any]) -> str:
     """What a manifest row is called: its source file, or its id where it has none."""
     return str(row["id"]) if pd.isna(row["source"]) else str(row["source"])
@@ -217,7 +225,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "translator": _training(inputs.translator_history, "step"),
         "segmenter": _training(inputs.segmenter_history, "epoch"),
         "scores": [_plain(row) for _, row in mean_scores(inputs.scores).iterrows()],
-        "realism": {name: float(value) for name, value in inputs.realism.items()},
+        "realism": inputs.realism.summary if inputs.realism else {},
     }
 
 

@@ -20,7 +20,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from graincast.evaluate import overlay
-from graincast.report.figures import figures, to_png
+from graincast.evaluate.realism import REAL, SYNTHETIC, UNTEXTURED
+from graincast.report.drawing import to_png
+from graincast.report.figures import figures
 from graincast.report.findings import (
     METRICS,
     REALISM,
@@ -31,7 +33,6 @@ from graincast.report.findings import (
     mean_scores,
     measured_size,
     plural,
-    realism_figures,
     source_name,
     summarise,
     unit_label,
@@ -127,6 +128,7 @@ def _render(inputs: ReportInputs, drawn: Mapping[str, Figure], encoded: Mapping[
         tiles=_tiles(inputs),
         pictures=_pictures(inputs, drawn, encoded),
         realism=_realism_table(inputs),
+        notes=inputs.realism.notes if inputs.realism else [],
         scores=_score_tables(inputs.scores),
         metrics=[(metric.label, metric.meaning) for name, metric in METRICS.items() if name in inputs.scores],
         overlays=[_overlay_picture(caption, image) for caption, image in inputs.overlays.items()],
@@ -185,11 +187,27 @@ def _captions(kind: str) -> dict[str, tuple[str, str]]:
                    f"Each row: a {kind} micrograph as the training saw it; a simulated morphology; the "
                    "synthetic image drawn from it; the same with the boundaries of its labels in blue. Grey "
                    "levels are untouched: 0 is black, 255 white."),
-        "intensity": (f"Overlaid histograms of the grey levels of {kind}, simulated and synthetic images",
-                      f"Grey levels. The closer the synthetic curve lies to the {kind} one, the better."),
-        "entropy": (f"Overlaid histograms of the local entropy of {kind}, simulated and synthetic images",
-                    "Local entropy: noise and fine detail raise it. Here too the synthetic curve should meet "
-                    f"the {kind} one."),
+        "intensity": (f"Overlaid histograms of the grey levels of {kind}, synthetic and untextured images",
+                      f"Grey levels. Good: the synthetic curve lies as near the {kind} one as its two halves (thin) lie to each other; "
+                      "the untextured pictures have no noise and make a narrow peak, cut off at the top."),
+        "spectrum": (f"Radially averaged power spectra of {kind}, synthetic and untextured images",
+                     f"Power spectra: left coarse structure, right fine detail and noise. Good: synthetic on {kind} throughout; a drop "
+                     "at the right means too smooth, a bump an artificial pattern."),
+        "entropy": (f"Overlaid histograms of the local entropy of {kind}, synthetic and untextured images",
+                    f"Local entropy: noise and fine detail raise it. Good: synthetic as near {kind} as the thin halves are to each other."),
+        "ssim": (f"Overlaid histograms of the structural similarity to the nearest {kind} patch",
+                 f"Structural similarity to the nearest {kind} patch; of {kind} ones, to the nearest in another image. SSIM was made for two "
+                 f"pictures of one scene: unpaired textures score low, even {kind} against {kind}, and smooth pictures higher than noisy ones. "
+                 f"Good: the synthetic curve on the {kind} one, not to the right of it."),
+        "surfaces": (f"Grey levels of a typical patch as a landscape: two {kind} ones, a synthetic one, an untextured one",
+                     f"Typical patches as landscapes, grey level as height. Good: the synthetic one is as rough as the two {kind} ones, with "
+                     "grooves or ridges where the untextured one beside it, from which it was drawn, has its valleys."),
+        "embedding": (f"Maps of the features of {kind}, synthetic and untextured patches",
+                      f"Maps of what networks see in the patches (t-SNE: neighbours mean something, distances between groups little). "
+                      f"Good: synthetic mixed with {kind} as the two halves of the {kind} ones are with each other; untextured apart."),
+        "kid": ("Kernel distances with their intervals",
+                f"Kernel distances (KID). Good: the interval of synthetic reaches that of {kind} against {kind}; at the least it lies far "
+                "from the untextured one. The features are not Inception's: compare within graincast only."),
         "scores": ("Bars of the mean scores of each method, one panel a set, with a dot for each image",
                    "Bars are means, dots single images; 1 is perfect."),
         "grain_size": ("Histograms of the equivalent grain diameters of each set",
@@ -201,7 +219,8 @@ def _captions(kind: str) -> dict[str, tuple[str, str]]:
         "segmenter": ("Loss and validation curves of the segmenter over its epochs",
                       "Segmenter: losses and scores after each epoch."),
         "fidelity": ("Histogram of the label fidelity of the synthetic images",
-                     "How well the boundaries in each synthetic image lie where its labels have them."),
+                     "How well the boundaries in each synthetic image lie where its labels have them. Good: near the untextured pictures, "
+                     "in which they lie there exactly."),
     }
 
 
@@ -218,12 +237,21 @@ def _data_address(png: bytes) -> str:
 
 
 def _realism_table(inputs: ReportInputs) -> Table | None:
-    kind = inputs.micrograph
-    rows = [[name.replace("_", " "), _number(value), _number(floor), REALISM.get(name, UNKNOWN)]
-            for name, value, floor in realism_figures(inputs.realism)]
-    head = ["Figure", f"Synthetic against {kind}", f"{kind.capitalize()} against {kind}", "What is compared"]
-    caption = f"Distances, 0 = alike; {kind} against {kind} are two halves of the {kind} images"
-    return Table(caption, head, rows, frozenset({1, 2})) if rows else None
+    if inputs.realism is None:
+        return None
+    kind, found = inputs.micrograph, inputs.realism.summary
+    rows = [[REALISM[name].label, *(_estimate(found[name], group) for group in (SYNTHETIC, UNTEXTURED, REAL)),
+             REALISM[name].meaning.format(kind=kind), REALISM[name].good.format(kind=kind)] for name in REALISM if name in found]
+    head = ["Figure", "Synthetic", "Untextured", f"Floor: {kind} against {kind}", "What is compared", "Good is"]
+    caption = (f"Synthetic and untextured (simulated) images compared with the {kind} ones; floor: two halves of the {kind} ones compared "
+               "with each other. Distances are 0 for what is alike. In brackets 95 % intervals")
+    return Table(caption, head, rows, frozenset({1, 2, 3}))
+
+
+def _estimate(values: Mapping[str, float], group: str) -> str:
+    """A value with its interval, where it has one."""
+    text = _number(values.get(group))
+    return f"{text} ({_number(values[f'{group}_low'])} to {_number(values[f'{group}_high'])})" if f"{group}_low" in values else text
 
 
 def _score_tables(scores: pd.DataFrame) -> list[Table]:

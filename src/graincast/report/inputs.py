@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from graincast.evaluate.realism import Realism
 from graincast.evaluate.result import OURS as OURS
 from graincast.store.imageset import ImageSet
 
@@ -43,8 +44,8 @@ class ReportInputs:
     scores : pandas.DataFrame
         One row a set, method and image: ``set, method, image`` and the metrics of
         `graincast.evaluate.metrics`. The trained segmenter is called `OURS`. May be empty.
-    realism : mapping of str to float
-        What `graincast.evaluate.realism.realism` gives; ``X_floor`` belongs to ``X``.
+    realism : Realism or None
+        What `graincast.evaluate.realism.realism` gives; None where it was not measured.
     grains : pandas.DataFrame
         One row a grain: ``set, image, equivalent_diameter, unit`` (``um`` or ``px``). May be empty.
     overlays : mapping of str to ndarray
@@ -69,7 +70,7 @@ class ReportInputs:
     translator_history: pd.DataFrame
     segmenter_history: pd.DataFrame
     scores: pd.DataFrame
-    realism: Mapping[str, float]
+    realism: Realism | None
     grains: pd.DataFrame
     overlays: Mapping[str, np.ndarray]
     virtual: bool

@@ -12,7 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from graincast.report.findings import METRICS, plural, realism_figures, summarise
+from graincast.evaluate.realism import REAL, SYNTHETIC, UNTEXTURED
+from graincast.report.findings import METRICS, REALISM, plural, summarise
 from graincast.report.inputs import ReportInputs
 
 SHOWN = ("ap50", "pq", "bf1_4px", "miou", "d_astm_g")
@@ -105,12 +106,13 @@ def _scores(scores: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _realism(realism: Mapping[str, float], kind: str) -> Table:
+def _realism(realism: Mapping[str, Mapping[str, float]], kind: str) -> Table:
     table = Table("realism (0 = alike)", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"synthetic against {kind}", justify="right")
-    table.add_column(f"{kind} against {kind}", justify="right")
-    for name, value, floor in realism_figures(realism):
-        table.add_row(_text(name.replace("_", " ")), _number(value), _number(floor))
+    for heading in ("synthetic", "untextured", f"{kind} against {kind}"):
+        table.add_column(heading, justify="right")
+    for name in (name for name in REALISM if name in realism):
+        values = (_number(realism[name].get(group)) for group in (SYNTHETIC, UNTEXTURED, REAL))
+        table.add_row(_text(REALISM[name].label), *values)
     return table
 
 
