@@ -217,7 +217,7 @@ def test_report_shows_every_section(document: str, inputs: ReportInputs) -> None
     assert inputs.title in text["top"]
     for section, words in {
         "top": ["91 of 100 grains, true or found, match", "better than the local", "1.25 µm", "1 refused", "1 dropped"],
-        "realism": ["grey levels", "4.250", "60", "1.500", "20.50 (18.50 to 23.50)", "near the floor", "VGG16 was not asked: <no weights>", "Good:"],
+        "realism": ["grey levels", "4.250", "60", "1.500", "20.5 (18.5 to 23.5)", "near the floor", "VGG16 was not asked: <no weights>", "Good:"],
         "segmentation": ["held-out synthetic", "real masks", "0.910", "local threshold", "field 0"],
         "grains": ["simulated truth", "predicted on micrographs", "1.250"],
         "read": ["0-field.tif", "120 \N{MULTIPLICATION SIGN} 120", "0.05", "sharpness",
