@@ -60,10 +60,9 @@ def _saved(trained: Any) -> bytes:
 def training(request: pytest.FixtureRequest) -> Training:
     pairs = [grains(seed) for seed in range(3)]
     if request.param == "translator":
-        pictures = [picture for picture, _ in pairs]
         # a pool smaller than the images drawn, so that history comes out of it, too
         config = Translator(steps=4, batch=2, crop=32, filters=4, residual_blocks=1, pool=3, device="cpu")
-        train, arguments = train_cyclegan, (pictures, [picture[::-1] for picture in pictures], config)
+        train, arguments = train_cyclegan, (pairs, [picture[::-1] for picture, _ in pairs], config)
     else:
         config = Segmenter(encoder="mobilenet_v2", epochs=4, crops_per_image=2, batch=2, crop=64, device="cpu")
         train, arguments = train_segmenter, (pairs[:2], pairs[2:], config)

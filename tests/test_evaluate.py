@@ -46,6 +46,7 @@ from graincast.evaluate.realism import (
 )
 from graincast.evaluate.realism_features import cut_patches, describe, encoder_features, nearest_ssim, vgg16_features, vgg16_file
 from graincast.microscope.preparation import Preparation
+from graincast.segment.instances import Cut
 from graincast.segment.network import build_network, standardise
 from graincast.segment.segmenter import Segmenter
 from graincast.store.imageset import ImageSet, ImageSetWriter, folder_digest
@@ -390,7 +391,7 @@ class DarkLines(torch.nn.Module):
 
 def test_masked_files_that_are_refused_are_skipped_and_told(tmp_path: Path) -> None:
     preparation = Preparation(None, 1.0, 24.0, 0.01, 96.0, True, 64, 0.5, 0.01, None)
-    segmenter = Segmenter(DarkLines().eval(), 0.6, {"precision": "float32"}, preparation)
+    segmenter = Segmenter(DarkLines().eval(), Cut(0.6, 0.5, 30), {"precision": "float32"}, preparation)
     image, labels = drawn_micrograph(0)
     with ImageSetWriter(tmp_path / "set", "synthetic") as writer:
         writer.add(image, id="0", labels=labels)

@@ -17,6 +17,7 @@ from scipy import ndimage as ndi
 from graincast.errors import UserError
 from graincast.inference import segment_files
 from graincast.microscope.preparation import Preparation
+from graincast.segment.instances import Cut
 from graincast.segment.segmenter import Segmenter
 
 PREPARATION = Preparation(target_pixel_size_um=0.05, scale=1.0, grain_diameter_px=24.0, clahe_clip=0.01, clahe_tile_px=96.0,
@@ -36,7 +37,7 @@ class DarkLines(torch.nn.Module):
 
 @pytest.fixture
 def segmenter() -> Segmenter:
-    return Segmenter(DarkLines().eval(), 0.6, {"precision": "float32"}, PREPARATION)
+    return Segmenter(DarkLines().eval(), Cut(0.6, 0.5, 30), {"precision": "float32"}, PREPARATION)
 
 
 def micrograph() -> np.ndarray:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,17 @@ from graincast.compute import ahead
 from graincast.config import Augment, Segmenter, Simulate
 from graincast.errors import UserError
 from graincast.evaluate.metrics import score_labels
-from graincast.segment.augment import augmented_crop, imitate
-from graincast.segment.instances import instances
+from graincast.segment.augment import augmented_crop, imitate, texture
+from graincast.segment.instances import Cut, instances
 from graincast.segment.network import DEPTH_PX, build_network, targets
 from graincast.segment.segmenter import HALO, TILE, predict_maps
 from graincast.segment.segmenter import Segmenter as TrainedSegmenter
 from graincast.segment.train import _batches, train_segmenter
 from graincast.simulate.structure import simulate_structure
 
-QUIET = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
+QUIET = Augment(relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
+"""No effect at all."""
+CUT = Cut(seed_level=0.5, merge_level=0.0, smallest_px=30)
 SMALL = Segmenter(epochs=2, crops_per_image=2, batch=2, crop=64, device="cpu")
 
 
@@ -91,7 +94,7 @@ class TestTargets:
 class TestInstances:
     def test_perfect_maps_give_the_truth(self, pairs):
         for _, labels in pairs:
-            found = instances(targets(labels), 0.5)
+            found = instances(targets(labels), replace(CUT, merge_level=0.5))
             assert len(np.unique(found)) <= labels.max()
             for grain in (labels == one for one in range(1, labels.max() + 1)):
                 if grain.sum() > 40:  # px; slivers that the border cuts off, up to 3 px deep, may go to the grain beside them
@@ -104,18 +107,41 @@ class TestInstances:
         labels[:, :29], labels[:, 31:] = 1, 2
         line, depth = targets(labels)
         line[25:35] = 0  # a gap of 10 px in the line; the depth still dips there
-        assert instances(np.stack([line, depth]), 0.5).max() == 2
+        assert instances(np.stack([line, depth]), replace(CUT, merge_level=0.5)).max() == 2
 
     def test_small_grains_go_to_their_neighbours(self):
         labels = np.ones((60, 60), np.int32)
         labels[20:24, 20:24] = 2
         maps = np.stack([segmentation.find_boundaries(labels).astype(np.float32), np.where(labels == 2, 0.9, 0.8).astype(np.float32)])
         maps[1][maps[0] > 0] = 0
-        assert instances(maps, 0.5, min_area=0).max() == 2
-        assert instances(maps, 0.5, min_area=60).max() == 1
+        assert instances(maps, replace(CUT, smallest_px=0)).max() == 2
+        assert instances(maps, replace(CUT, smallest_px=60)).max() == 1
+
+    def test_smallest_grain_follows_the_scale(self):
+        maps = targets(np.kron([[1, 2], [3, 4]], np.ones((20, 20), np.int32)))
+        assert instances(maps, replace(CUT, smallest_px=500)).max() == 4, "all too small: none is dissolved"
+        maps = targets(np.kron([[1, 1, 1], [1, 2, 1], [1, 1, 1]], np.ones((20, 20), np.int32)))
+        assert instances(maps, replace(CUT, smallest_px=250)).max() == 2
+        assert instances(maps, replace(CUT, smallest_px=250), scale=0.5).max() == 1, "400 px are 100 at half the scale"
+
+    def test_weak_boundaries_are_merged_weakest_first(self):
+        labels = np.repeat(np.arange(1, 5), 20)[None].repeat(60, 0)  # four stripes
+        maps = targets(labels)
+        for boundary, strength in ((20, 0.9), (40, 0.3), (60, 0.6)):
+            maps[0][:, boundary - 3 : boundary + 3] *= strength
+        for level, left in ((0.0, 4), (0.72, 3), (0.87, 2), (1.01, 1)):
+            assert instances(maps, replace(CUT, merge_level=level)).max() == left
+
+    def test_a_boundary_with_a_gap_holds_and_a_few_dark_spots_do_not_make_one(self):
+        labels = np.repeat([1, 2], 30)[None].repeat(60, 0)
+        gap, spots = targets(labels), targets(labels)
+        gap[0, 25:35] = 0  # a gap of 10 px of 60
+        spots[0] *= (np.arange(60) % 6 == 0)[:, None]  # a spot every 6 px
+        assert instances(gap, replace(CUT, merge_level=0.7)).max() == 2
+        assert instances(spots, replace(CUT, merge_level=0.7)).max() == 1
 
     def test_nothing_seeds(self):
-        assert (instances(np.zeros((2, 9, 9), np.float32), 0.5) == 1).all()
+        assert (instances(np.zeros((2, 9, 9), np.float32), CUT) == 1).all()
 
 
 class TestAugmentation:
@@ -128,7 +154,7 @@ class TestAugmentation:
     def test_labels_stay_on_the_image(self, pairs):
         labels = pairs[0][1]
         image = np.where(labels == 0, 0, 200).astype(np.uint8)
-        config = Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1.5)
+        config = QUIET.model_copy(update={"zoom": 1.5})
         for seed in range(20):
             crop, ids = augmented_crop(image, labels, 64, config, np.random.default_rng(seed))
             assert crop.shape == ids.shape == (64, 64)
@@ -137,12 +163,43 @@ class TestAugmentation:
     def test_noise_grows_with_the_signal_and_lines_are_rows(self):
         rng = np.random.default_rng(0)
         flat = np.repeat(np.array([[40.0, 160.0]], np.float32), 256, 0).repeat(128, 1)
-        shot = Augment(gain=0, offset=0, blur_px=0, noise=0.1, line_noise=0)
+        shot = QUIET.model_copy(update={"noise": 0.1})
         stds = np.mean([[imitate(flat, shot, rng)[:, half].std() for half in (slice(0, 128), slice(128, 256))] for _ in range(20)], axis=0)
         assert stds[1] / stds[0] == pytest.approx(2, rel=0.1)
-        rows = imitate(flat, Augment(gain=0, offset=0, blur_px=0, noise=0, line_noise=0.1), rng)
+        rows = imitate(flat, QUIET.model_copy(update={"line_noise": 0.1}), rng)
         assert rows.std(axis=0).mean() > 1
         assert rows[:, :128].std(axis=1).max() < 1e-3
+
+
+    @pytest.mark.parametrize("effect", ["relief", "tones", "mottle", "veins", "specks", "scratches"])
+    def test_every_effect_of_texture_is_there_in_half_the_crops_and_as_strong_as_asked(self, pairs, effect):
+        labels = pairs[0][1]
+        grey = np.full(labels.shape, 128, np.float32)
+        changes = []
+        for strength in (0.1, 0.2):
+            config = QUIET.model_copy(update={effect: strength})
+            drawn = [texture(grey, labels, config, np.random.default_rng(seed)) - grey for seed in range(60)]
+            assert all(np.isfinite(change).all() for change in drawn)
+            changes.append(np.array([change.std() for change in drawn]))
+        assert 0.3 < (changes[0] > 0.05).mean() <= (1.0 if effect == "mottle" else 0.75)  # mottle: any of four lengths
+        np.testing.assert_allclose(changes[1], 2 * changes[0], rtol=1e-3, atol=1e-3)
+
+    def test_relief_and_tones_follow_the_grains(self, pairs):
+        """Between them, the grains explain the tones; within them, relief is a slope that averages to nothing but the dome."""
+        labels = pairs[0][1]
+        grey = np.full(labels.shape, 128, np.float32)
+        explained = []
+        for seed in range(20):
+            change = texture(grey, labels, QUIET.model_copy(update={"tones": 0.3}), np.random.default_rng(seed))
+            if change.std() > 1:
+                means = ndi.mean(change, labels, np.arange(labels.max() + 1))
+                explained.append(1 - (change - means[labels])[labels > 0].var() / change[labels > 0].var())
+        assert np.mean(explained) > 0.85
+
+    def test_one_grain_and_none(self):
+        for labels in (np.ones((64, 64), np.int32), np.zeros((64, 64), np.int32)):
+            for seed in range(8):
+                assert np.isfinite(texture(np.full((64, 64), 99, np.float32), labels, Augment(), np.random.default_rng(seed))).all()
 
 
 class Local(nn.Module):
@@ -240,8 +297,8 @@ def test_trains_where_only_the_numerical_libraries_are():
         labels = np.kron(np.arange(1, 17).reshape(4, 4), np.ones((16, 16), int)).astype(np.int32)
         labels[15::16] = labels[:, 15::16] = 0
         image = (labels * 15).astype(np.uint8)
-        translator = train_cyclegan([image], [image], Translator(steps=1, crop=32, filters=4, residual_blocks=0))
-        translated = translator.to_sem(image, 0)
+        translator = train_cyclegan([(image, labels)], [image], Translator(steps=1, crop=32, filters=4, residual_blocks=0))
+        translated = translator.to_sem(image, labels, 0)
         segmenter = train_segmenter([(translated, labels)], [(translated, labels)], Segmenter(epochs=1, crop=32))
         print(segmenter.segment(image).shape)
     """

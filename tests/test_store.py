@@ -30,6 +30,7 @@ from graincast.config import Config
 from graincast.config import Segmenter as SegmenterConfig
 from graincast.errors import UserError
 from graincast.microscope.preparation import Preparation
+from graincast.segment.instances import Cut
 from graincast.segment.network import build_network
 from graincast.segment.segmenter import Segmenter
 from graincast.store import tracking, versioning
@@ -435,7 +436,7 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     segmenters = []
     for level in (0.3, 0.6):
         network = build_network("Unet", "resnet18", None).eval()
-        segmenters.append(Segmenter(network, level, SegmenterConfig(precision="float32").model_dump()))
+        segmenters.append(Segmenter(network, Cut(level, 0.5, 30), SegmenterConfig(precision="float32").model_dump()))
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
@@ -446,12 +447,12 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_references_find_their_segmenter(registered: tuple[Segmenter, np.ndarray]) -> None:
-    assert tracking.load_segmenter().seed_level == 0.6, "the newest, while there is no champion"
+    assert tracking.load_segmenter().cut.seed_level == 0.6, "the newest, while there is no champion"
     mlflow.MlflowClient().set_registered_model_alias(tracking.MODEL, tracking.CHAMPION, 1)
     first, image = registered
     for reference in (None, "1", "champion", f"models:/{tracking.MODEL}/1"):
         loaded = tracking.load_segmenter(reference)
-        assert loaded.seed_level == 0.3
+        assert loaded.cut.seed_level == 0.3
     np.testing.assert_array_equal(loaded.segment(image), first.segment(image))
     for reference in ("9", "nobody", "models:/other/1"):
         with pytest.raises(UserError, match=reference):
@@ -493,7 +494,7 @@ def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -
     """A run from the cache against a second MLflow server registers there what the first one has."""
     folder = tmp_path / "segmenter"
     folder.mkdir()
-    Segmenter(build_network("Unet", "resnet18", None).eval(), 0.5, SegmenterConfig(precision="float32").model_dump()).save(folder)
+    Segmenter(build_network("Unet", "resnet18", None).eval(), Cut(0.5, 0.5, 30), SegmenterConfig(precision="float32").model_dump()).save(folder)
     program = (
         "import sys, mlflow, numpy as np; from pathlib import Path; from graincast.store import tracking\n"
         "mlflow.set_experiment(experiment_id=tracking.ensure_experiment())\n"
@@ -520,7 +521,8 @@ def test_the_requirements_of_a_served_segmenter_are_all_it_imports(tmp_path: Pat
     example = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
     given = {"grain_diameter_px": 20.0, "clahe_clip": 0.01, "clahe_tile_px": 32.0, "cut_info_bar": True}
     preparation = Preparation(**{field.name: given.get(field.name) for field in dataclasses.fields(Preparation)})  # type: ignore[arg-type]
-    Segmenter(build_network("Unet", "resnet18", None).eval(), 0.5, SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
+    network = build_network("Unet", "resnet18", None).eval()
+    Segmenter(network, Cut(0.5, 0.5, 30), SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
     np.save(tmp_path / "example.npy", example)
     program = f"""
 import sys

@@ -15,10 +15,11 @@ from graincast.errors import UserError
 from graincast.simulate.structure import simulate_structure
 from graincast.store.imageset import ImageSet, ImageSetWriter
 from graincast.synthesise.cyclegan.model import Generator
-from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, tone_curve, train_cyclegan
+from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _smooth_l1, train_cyclegan
 from graincast.synthesise.fidelity import TOLERANCE_PX, label_fidelity
 from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
+from graincast.synthesise.tones import SPREADS, match_tones, spread_tones, tone_share
 
 SMALL = Translator(steps=3, batch=2, crop=32, filters=4, residual_blocks=1, device="cpu")
 
@@ -30,7 +31,7 @@ def structure() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def translator(structure: tuple[np.ndarray, np.ndarray]) -> CycleGAN:
-    return train_cyclegan([structure[0]], [structure[0][::-1]], SMALL)
+    return train_cyclegan([structure], [structure[0][::-1]], SMALL)
 
 
 class TestFidelity:
@@ -60,6 +61,55 @@ def test_polarity_is_told_from_the_images(structure):
     picture = structure[0]
     assert not boundaries_are_bright([picture])
     assert boundaries_are_bright([255 - picture])
+
+
+class TestTones:
+    @pytest.fixture(scope="class")
+    def toned(self) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+        """One structure, simulated with several spreads of tones."""
+        return {spread: simulate_structure(Simulate(size=256, grains=40, steps=300, grey_spread=spread), 0) for spread in (0.0, 0.02, 0.08, 0.16)}
+
+    def test_share_grows_with_the_spread_and_not_with_brightness_contrast_or_size(self, toned):
+        shares = [tone_share(picture, 40) for picture, _ in toned.values()]
+        assert shares == sorted(shares)
+        assert shares[0] < 0.35 < 0.65 < shares[-1]
+        picture = toned[0.08][0]
+        assert tone_share(60 + picture * 0.3, 40) == pytest.approx(shares[2], abs=0.01)
+        assert tone_share(255 - picture.astype(float), 40) == pytest.approx(shares[2], abs=0.03)
+        assert tone_share(ndi.zoom(picture, 2, order=1), 80) == pytest.approx(shares[2], abs=0.04)
+
+    def test_without_spread_a_picture_is_as_simulated_without_tones(self, toned):
+        flat = spread_tones(*toned[0.08], 0).astype(float)
+        alike, _ = toned[0.0]
+        assert np.abs((flat - np.median(flat)) - (alike - np.median(alike))).mean() < 3
+        assert np.corrcoef(flat.ravel(), alike.ravel())[0, 1] > 0.9
+
+    def test_as_they_are(self, toned):
+        picture, labels = toned[0.08]
+        assert np.array_equal(spread_tones(picture, labels, 1), picture)
+        assert spread_tones(picture, np.zeros_like(labels), 0) is picture
+
+    @pytest.mark.parametrize("spread", [0.0, 0.02, 0.08, 0.16])
+    def test_the_spread_of_another_structure_is_found(self, toned, spread):
+        other = simulate_structure(Simulate(size=256, grains=40, steps=300, grey_spread=spread, seed=7), 0)[0]
+        found = match_tones([toned[0.08]], [other], bright_boundaries=False).spread
+        assert found == pytest.approx(spread / 0.08, rel=0.4, abs=0.25)  # few grains, whose own spread scatters
+        assert SPREADS[0] <= found <= SPREADS[-1]
+
+    def test_curve_takes_the_micrographs_histogram(self, structure):
+        target = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 255, (24, 24)), 8, 0), 8, 1).astype(np.uint8)
+        for bright in (False, True):
+            tones = match_tones([structure], [target], bright)
+            picture = spread_tones(*structure, tones.spread)
+            steps = np.diff(tones.curve.astype(int))[picture.min() : picture.max()]
+            assert (steps <= 0).all() if bright else (steps >= 0).all()
+            assert np.array_equal(tones.apply(*structure), tones.curve[picture])
+            smooth = ndi.gaussian_filter(target.astype(float), 1.5)
+            for grey in np.quantile(picture, [0.1, 0.5, 0.9], method="nearest"):
+                # A grey level stands for a range of ranks, the tone for that of the target's greys of the same ranks.
+                ranks = np.sort(abs(bright - np.array([(picture < grey).mean(), (picture <= grey).mean()])))
+                low, high = np.quantile(smooth, ranks)
+                assert low - 4 <= tones.curve[grey] <= high + 4
 
 
 class TestNetworks:
@@ -92,19 +142,19 @@ class TestNetworks:
 
 class TestTraining:
     def test_same_seed_same_weights(self, structure, translator, tmp_path):
-        again = train_cyclegan([structure[0]], [structure[0][::-1]], SMALL)
+        again = train_cyclegan([structure], [structure[0][::-1]], SMALL)
         for name, net in (("a", translator), ("b", again)):
             (tmp_path / name).mkdir()
             net.save(tmp_path / name)
         assert (tmp_path / "a" / "translator.safetensors").read_bytes() == (tmp_path / "b" / "translator.safetensors").read_bytes()
 
     def test_other_seed_other_weights(self, structure, translator):
-        other = train_cyclegan([structure[0]], [structure[0][::-1]], SMALL.model_copy(update={"seed": 1}))
+        other = train_cyclegan([structure], [structure[0][::-1]], SMALL.model_copy(update={"seed": 1}))
         assert any(not torch.equal(a, b) for a, b in zip(translator.forward.parameters(), other.forward.parameters(), strict=True))
 
     def test_losses_are_reported_every_step(self, structure):
         seen = {}
-        train_cyclegan([structure[0]], [structure[0]], SMALL, log=lambda step, losses: seen.update({step: dict(losses)}))
+        train_cyclegan([structure], [structure[0]], SMALL, log=lambda step, losses: seen.update({step: dict(losses)}))
         assert list(seen) == [0, 1, 2]
         assert set(seen[0]) == {"adversarial_f", "adversarial_g", "cycle", "identity", "polarity", "discriminator_sem", "discriminator_sim"}
         assert all(np.isfinite(list(losses.values())).all() for losses in seen.values())
@@ -113,33 +163,20 @@ class TestTraining:
         picture = np.random.default_rng(0).integers(0, 255, (61, 83)).astype(np.uint8)
         translator.save(tmp_path)
         loaded = CycleGAN.load(tmp_path)
-        image = translator.to_sem(picture, seed=5)
+        labels = np.ones(picture.shape, np.int32)
+        image = translator.to_sem(picture, labels, seed=5)
         assert image.shape == picture.shape
         assert image.dtype == np.uint8
-        assert np.array_equal(loaded.to_sem(picture, seed=5), image)
-        assert not np.array_equal(loaded.to_sem(picture, seed=6), image)
-
-    def test_tones_take_the_micrographs_histogram(self, structure):
-        picture = structure[0]
-        target = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 255, (24, 24)), 8, 0), 8, 1).astype(np.uint8)
-        for bright in (False, True):
-            tones = tone_curve([picture], [target], bright)
-            steps = np.diff(tones.astype(int))[picture.min() : picture.max()]
-            assert (steps <= 0).all() if bright else (steps >= 0).all()
-            smooth = ndi.gaussian_filter(target.astype(float), 1.5)
-            for grey in np.quantile(picture, [0.1, 0.5, 0.9], method="nearest"):
-                # A grey level stands for a range of ranks, the tone for that of the target's greys of the same ranks.
-                ranks = np.sort(abs(bright - np.array([(picture < grey).mean(), (picture <= grey).mean()])))
-                low, high = np.quantile(smooth, ranks)
-                assert low - 4 <= tones[grey] <= high + 4
+        assert np.array_equal(loaded.to_sem(picture, labels, seed=5), image)
+        assert not np.array_equal(loaded.to_sem(picture, labels, seed=6), image)
 
     def test_images_smaller_than_a_crop_are_named(self, structure):
         with pytest.raises(UserError, match=r"micrographs \(20 x 30 px\).*crop of 32 px"):
-            train_cyclegan([structure[0]], [np.zeros((30, 20), np.uint8)], SMALL)
+            train_cyclegan([structure], [np.zeros((30, 20), np.uint8)], SMALL)
 
     def test_a_training_that_diverges_is_named(self, structure):
         with pytest.raises(UserError, match=r"no longer finite at step \d+; a smaller translator.learning_rate"):
-            train_cyclegan([structure[0]], [structure[0]], SMALL.model_copy(update={"learning_rate": 1e25, "steps": 20}))
+            train_cyclegan([structure], [structure[0]], SMALL.model_copy(update={"learning_rate": 1e25, "steps": 20}))
 
     def test_missing_translator_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no translator"):
@@ -152,9 +189,12 @@ class Shifting:
     def __init__(self) -> None:
         self.calls = 0
 
-    def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
+    def to_sem(self, picture: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
         self.calls += 1
         return picture if self.calls % 2 else np.roll(picture, (6, 6), (0, 1))
+
+    def in_tones(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return 255 - picture
 
     def save(self, folder: Path) -> None: ...
 
@@ -187,9 +227,19 @@ class TestSyntheticSet:
         assert np.array_equal(made.labels(3), morphologies.labels(1))
         assert not np.array_equal(made.image(0), made.image(1))
 
+    def test_untranslated_pictures_stand_beside_the_translated(self, morphologies, tmp_path):
+        made = synthesise(morphologies, Shifting(), Synthesise(), tmp_path / "set", synthesiser_digest="abc.dir", untranslated=True)
+        plain = np.flatnonzero(made.rows["look"] == "untranslated")
+        assert list(made.rows["morphology"].iloc[plain]) == ["m0", "m1", "m2", "m3"]
+        assert set(made.rows["look"]) == {"translated", "untranslated"}
+        assert list(made.rows["fidelity"].isna()) == list(made.rows["look"] == "untranslated")
+        for index in map(int, plain):
+            assert np.array_equal(made.image(index), 255 - morphologies.image(0))
+            assert np.array_equal(made.labels(index), morphologies.labels(0))
+
     def test_a_translator_that_moves_everything_is_refused(self, morphologies, tmp_path):
         always = Shifting()
-        always.to_sem = lambda picture, seed: np.roll(picture, (6, 6), (0, 1))
+        always.to_sem = lambda picture, labels, seed: np.roll(picture, (6, 6), (0, 1))
         with pytest.raises(UserError, match=r"not one image was accepted.*fidelity"):
             synthesise(morphologies, always, Synthesise(), tmp_path / "set", synthesiser_digest="abc.dir")
         assert not (tmp_path / "set").exists()

@@ -112,14 +112,14 @@ class Simulate(Section):
     validation_structures: int = Field(
         8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one chooses the weights, the rest are only scored"
     )
-    size: int = Field(256, ge=32, description="width and height of a morphology, px")
+    size: int = Field(320, ge=32, description="width and height of a morphology, px")
     depth: int | None = Field(
         None, ge=32,
         description="depth of a periodic volume, px, in which grains grow in three dimensions; morphologies are then slices through it, "
                     "about a grain apart (needs area_spread: null); null: growth in the plane",
     )
     pixel_size_um: float | None = Field(None, gt=0, description="pixel size, um, kept with the morphologies; null: none")
-    grains: int = Field(72, ge=2, description="grains a morphology (or a volume) starts with")
+    grains: int = Field(64, ge=2, description="grains a morphology (or a volume) starts with")
     grain_diameter_um: float | None = Field(
         None, gt=0,
         description="mean grain diameter at the end, um, instead of `grains`; needs pixel_size_um; null: `grains` decides",
@@ -129,7 +129,7 @@ class Simulate(Section):
         description="least distance of the grains' seeds, fraction of that in the densest lattice; 0 = random, 0.9 = nearly hexagons",
     )
     area_spread: float | None = Field(
-        0.5, ge=0, le=1,
+        0.9, ge=0, le=1,
         description="coefficient of variation of the initial grain areas (lognormal); null: as the seeds give, 0.53 at regularity 0, "
                     "0.31 at 0.5, 0.1 at 0.9",
     )
@@ -146,7 +146,7 @@ class Simulate(Section):
     )
     pores: Pores = Pores()
     particles: Particles = Particles()
-    steps: int = Field(1000, ge=0, description="time steps of the Allen-Cahn evolution")
+    steps: int = Field(600, ge=0, description="time steps of the Allen-Cahn evolution")
     time_step: float = Field(0.1, gt=0, description="time step, in units of 1/L (grid spacing 1 px, kappa 1)")
     grey_spread: float = Field(0.08, ge=0, le=0.5, description="spread (standard deviation) of the grains' grey levels, fraction of full scale")
     boundary_fading: float = Field(0.8, ge=0, le=1, description="largest share of its darkness that a boundary loses; drawn for each anew")
@@ -170,7 +170,7 @@ class Ingest(Section):
     require_pixel_size: bool = Field(False, description="refuse files without a known pixel size")
     cut_info_bar: bool = Field(True, description="find and cut the instrument's info bar")
     scale: float | None = Field(None, gt=0, description="resampling factor (output px per input px) of every file; null: chosen from the images")
-    clahe_clip: float = Field(0.01, ge=0, le=1, description="clip limit of the contrast-limited histogram equalisation; 0 switches it off")
+    clahe_clip: float = Field(0.0, ge=0, le=1, description="clip limit of the contrast-limited histogram equalisation; 0 switches it off")
     clahe_tile_grains: float = Field(4.0, gt=0, description="tile of the histogram equalisation, in grain diameters")
     min_size: int = Field(64, ge=16, description="smallest width and height after cutting and resampling, px")
     max_saturated: float = Field(0.5, ge=0, le=1, description="largest fraction of pixels at either end of the grey scale")
@@ -205,8 +205,15 @@ class Synthesise(Section):
 
 
 class Augment(Section):
-    """Augmentation that imitates the microscope; every effect is drawn anew for every crop."""
+    """Augmentation that imitates other specimens and other microscopes; every effect is drawn anew for every crop."""
 
+    relief: float = Field(0.12, ge=0, le=1, description="largest tilt and doming of the grains, fraction of full scale from middle to edge")
+    tones: float = Field(0.3, ge=0, le=1, description="largest darkening of grains that lie deep, fraction of full scale")
+    mottle: float = Field(0.05, ge=0, le=1, description="largest texture at each of four lengths (standard deviation), fraction of full scale")
+    veins: float = Field(0.08, ge=0, le=1, description="largest contrast of curved lines that are no boundaries, fraction of full scale")
+    specks: float = Field(0.5, ge=0, le=1, description="largest contrast of specks, bright or dark, fraction of full scale")
+    scratches: float = Field(0.2, ge=0, le=1, description="largest contrast of straight scratches, bright or dark, fraction of full scale")
+    gamma: float = Field(1.5, ge=1, description="largest change of the grey scale's exponent, either way")
     gain: float = Field(0.25, ge=0, le=1, description="largest relative change of contrast")
     offset: float = Field(0.10, ge=0, le=1, description="largest change of brightness, fraction of full scale")
     blur_px: float = Field(1.2, ge=0, description="largest Gaussian blur (standard deviation), px")
@@ -221,7 +228,7 @@ class Segmenter(Section):
     architecture: str = Field("Unet", description="decoder, a segmentation-models-pytorch architecture")
     encoder: str = Field("resnet18", description="encoder, a segmentation-models-pytorch encoder")
     encoder_weights: str | None = Field(None, description="pretrained encoder weights, e.g. imagenet (needs a network); null: from scratch")
-    epochs: int = Field(24, ge=1, description="epochs at most; an epoch sees every synthetic image once")
+    epochs: int = Field(20, ge=1, description="epochs at most; an epoch sees every synthetic image once")
     crops_per_image: int = Field(4, ge=1, description="random crops drawn from each image an epoch")
     batch: int = Field(8, ge=1, description="crops a step")
     crop: int = Field(128, ge=32, multiple_of=32, description="crop side, px")

@@ -54,23 +54,24 @@ def run_train_translator(config: settings.Translator, morphologies: ImageSet, mi
     """A translator in `out`: ``translator.safetensors``, ``history.csv`` and ``sample.png`` (simulated beside translated)."""
     history = _History(log)
     images = list(micrographs)
-    pictures = list(morphologies)
-    translator = train_cyclegan(pictures, images, config, bright_boundaries=boundaries_are_bright(images), log=history, checkpoint=checkpoint)
+    translator = train_cyclegan(_pairs(morphologies, range(len(morphologies))), images, config,
+                                bright_boundaries=boundaries_are_bright(images), log=history, checkpoint=checkpoint)
     translator.parents = {"morphologies": morphologies.digest, "micrographs": micrographs.digest}
     with whole_folder(out) as folder:
         translator.save(folder)
         history.save(folder, "step")
-        sample = pictures[0]
-        iio.imwrite(folder / "sample.png", np.hstack([sample, translator.to_sem(sample, config.seed)]))
+        sample = morphologies.image(0)
+        iio.imwrite(folder / "sample.png", np.hstack([sample, translator.to_sem(sample, morphologies.labels(0), config.seed)]))
     return out
 
 
 def run_synthesise(config: settings.Synthesise, morphologies: Mapping[str, ImageSet], translator: Path, out: Path) -> dict[str, ImageSet]:
-    """Labelled synthetic sets in `out`: ``training`` from the morphologies ``synthetic``, ``validation`` from ``validation``."""
+    """Labelled synthetic sets in `out`: ``training`` from the morphologies ``synthetic``, each translated and untranslated;
+    ``validation`` from ``validation``, translated alone."""
     synthesiser, digest = CycleGAN.load(translator), folder_digest(translator)
     with whole_folder(out) as folder:
         for name, source in (("training", "synthetic"), ("validation", "validation")):
-            synthesise(morphologies[source], synthesiser, config, folder / name, synthesiser_digest=digest)
+            synthesise(morphologies[source], synthesiser, config, folder / name, synthesiser_digest=digest, untranslated=name == "training")
     return {name: ImageSet(out / name) for name in ("training", "validation")}
 
 

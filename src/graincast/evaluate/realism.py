@@ -35,6 +35,7 @@ from graincast.evaluate.realism_features import (
 )
 from graincast.store.imageset import ImageSet
 from graincast.synthesise.fidelity import label_fidelity
+from graincast.synthesise.generate import TRANSLATED
 
 REAL, SYNTHETIC, UNTEXTURED = "real", "synthetic", "untextured"
 HALVES = ("real, one half", "real, other half")
@@ -119,7 +120,8 @@ def set_realism(micrographs: ImageSet, synthetic: ImageSet, morphologies: ImageS
     micrographs : ImageSet
         Prepared micrographs.
     synthetic : ImageSet
-        Translated morphologies; its rows name the ``morphology`` of each. Of several copies the first counts.
+        Translated morphologies; its rows name the ``morphology`` and the ``look`` of each. Of several translated copies the
+        first counts, untranslated ones do not.
     morphologies : ImageSet
         Simulated pictures and instance ids that `synthetic` was drawn from.
     network : torch.nn.Module
@@ -130,7 +132,7 @@ def set_realism(micrographs: ImageSet, synthetic: ImageSet, morphologies: ImageS
     ValueError
         If a morphology that `synthetic` names is not there.
     """
-    first = synthetic.rows.drop_duplicates("morphology")
+    first = synthetic.rows[synthetic.rows["look"] == TRANSLATED].drop_duplicates("morphology")
     place = {name: index for index, name in enumerate(morphologies.rows["id"])}
     if missing := set(first["morphology"]) - set(place):
         raise ValueError(f"{morphologies.path} lacks the morphology {min(missing)} of {synthetic.path}")

@@ -297,9 +297,9 @@ def _refused_table(images: ImageSet, caption: str, what: str) -> Table | None:
 
 
 def _fidelity_table(synthetic: ImageSet) -> Table:
-    fidelity, dropped = synthetic.rows["fidelity"], len(synthetic.refused)
-    rows = [["Drawn", str(len(synthetic) + dropped)], ["Kept", str(len(synthetic))],
-            ["Dropped", str(dropped)],
+    fidelity, dropped = synthetic.rows["fidelity"].dropna(), len(synthetic.refused)
+    rows = [["Translated", str(len(fidelity) + dropped)], ["Kept", str(len(fidelity))],
+            ["Dropped", str(dropped)], ["Untranslated beside them", str(len(synthetic) - len(fidelity))],
             ["Label fidelity of those kept: mean", _number(fidelity.mean())],
             ["Label fidelity of those kept: lowest", _number(fidelity.min())]]
     return Table("Synthetic images and their label fidelity", ["What", "Value"], rows, frozenset({1}))

@@ -105,7 +105,7 @@ def label_fidelity(inputs: ReportInputs) -> Figure:
     """
     figure, axes = chart(5.4, 3.1)
     synthetic, limit = inputs.synthetic, inputs.config.get("synthesise", {}).get("min_fidelity")
-    groups = {"kept": synthetic.rows["fidelity"]}
+    groups = {"kept": synthetic.rows["fidelity"].dropna()}
     if "fidelity" in synthetic.refused and synthetic.refused["fidelity"].notna().any():
         groups["dropped"] = synthetic.refused["fidelity"].dropna()
     axes.hist([values.to_numpy(float) for values in groups.values()], np.linspace(0, 1, 41).tolist(),

@@ -1,26 +1,49 @@
-"""From the network's maps to closed grains: a seeded watershed."""
+"""From the network's maps to closed grains: a seeded watershed whose weak boundaries are taken out again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from scipy import ndimage as ndi
-from skimage import segmentation
+from skimage import graph, segmentation
 
-MIN_GRAIN_PX = 30
-"""Grains smaller than this are given to their neighbours, px of the network's scale."""
+SMALLEST_SHARE = 0.04
+"""Grains smaller than this, as a share of the training grains' mean area, are given to their neighbours."""
 
 
-def instances(maps: np.ndarray, seed_level: float, min_area: float = MIN_GRAIN_PX) -> np.ndarray:
+@dataclass(frozen=True)
+class Cut:
+    """How maps are cut into grains.
+
+    Attributes
+    ----------
+    seed_level : float
+        Connected regions (4-neighbours) deeper than this seed one grain each, 0 to 1.
+    merge_level : float
+        Neighbours are one grain where the mean evidence along their boundary lies below this, 0 to 1. The mean makes a
+        boundary with gaps hold and a false one of a few dark spots go.
+    smallest_px : float
+        Smaller grains are dissolved, px of the network's scale.
+    """
+
+    seed_level: float
+    merge_level: float
+    smallest_px: float
+
+
+def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:
     """Closed grains from boundary probability and depth.
 
     Parameters
     ----------
     maps : ndarray
         (2, height, width), float in [0, 1]: boundary probability and depth (`graincast.segment.network.targets`).
-    seed_level : float
-        Connected regions (4-neighbours) deeper than this seed one grain each.
-    min_area : float
-        Smaller grains are dissolved, px.
+    cut : Cut
+        Levels and smallest grain.
+    scale : float
+        Pixels of the network's scale per pixel of `maps`.
 
     Returns
     -------
@@ -28,13 +51,30 @@ def instances(maps: np.ndarray, seed_level: float, min_area: float = MIN_GRAIN_P
         Instance ids 1..N, int32 (height, width), no zeros: the grains tile the image. All 1 where nothing seeds.
     """
     boundary, depth = maps
-    seeds, count = ndi.label(depth > seed_level)
+    seeds, count = ndi.label(depth > cut.seed_level)
     if not count:
         return np.ones(boundary.shape, np.int32)
     landscape = boundary - depth
-    grains = segmentation.watershed(landscape, seeds)
-    small = np.bincount(grains.ravel(), minlength=count + 1) < min_area
+    grains = _merge_weak(segmentation.watershed(landscape, seeds), (boundary + 1 - depth) / 2, cut.merge_level)
+    small = np.bincount(grains.ravel()) < cut.smallest_px / scale**2
     small[0] = False
     if small.any() and not small[1:].all():
-        grains = segmentation.watershed(landscape, np.where(small[seeds], 0, seeds))
+        grains = segmentation.watershed(landscape, np.where(small[grains], 0, grains))
     return segmentation.relabel_sequential(grains)[0].astype(np.int32)
+
+
+def _merge_weak(grains: np.ndarray, evidence: np.ndarray, level: float) -> np.ndarray:
+    """Merge neighbours, those with the weakest boundary first, until every boundary's mean evidence reaches `level`."""
+    if grains.max() < 2:
+        return grains
+    neighbours = graph.rag_boundary(grains, evidence.astype(np.float64), connectivity=1)
+    return 1 + graph.merge_hierarchical(grains, neighbours, level, rag_copy=False, in_place_merge=True,
+                                        merge_func=lambda *_: None, weight_func=_joint_boundary)
+
+
+def _joint_boundary(neighbours: graph.RAG, kept: int, merged: int, other: int) -> dict[str, Any]:
+    """The boundary to a third grain after a merger: what both had with it, weighted by length."""
+    nothing = {"weight": 0.0, "count": 0}
+    parts = [neighbours[grain].get(other, nothing) for grain in (kept, merged)]
+    count = sum(part["count"] for part in parts)
+    return {"count": count, "weight": sum(part["count"] * part["weight"] for part in parts) / count}

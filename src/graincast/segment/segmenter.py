@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +12,7 @@ from skimage import transform
 
 from graincast.compute import autocast, load_weights, memory_format, pick_device, save_weights
 from graincast.errors import UserError
-from graincast.segment.instances import MIN_GRAIN_PX, instances
+from graincast.segment.instances import Cut, instances
 from graincast.segment.network import STRIDE, build_network, standardise
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Segmenter:
     ----------
     network : torch.nn.Module
         One grey channel in, two logits out.
-    seed_level : float
-        Depth above which a region seeds a grain.
+    cut : Cut
+        How its maps are cut into grains.
     config : dict
         The configuration it was trained with.
     preparation : Preparation, optional
@@ -43,13 +44,13 @@ class Segmenter:
         Names and digests of the sets it was trained on.
     """
 
-    def __init__(self, network: torch.nn.Module, seed_level: float, config: dict[str, Any], preparation: Preparation | None = None) -> None:
-        self.network, self.seed_level, self.config, self.preparation = network, seed_level, config, preparation
+    def __init__(self, network: torch.nn.Module, cut: Cut, config: dict[str, Any], preparation: Preparation | None = None) -> None:
+        self.network, self.cut, self.config, self.preparation = network, cut, config, preparation
         self.parents: dict[str, str] = {}
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """Instance ids 1..N, int32 (height, width), of a prepared image, uint8 (height, width); they tile the image."""
-        return instances(predict_maps(self.network, image, self.config["precision"]), self.seed_level)
+        return instances(predict_maps(self.network, image, self.config["precision"]), self.cut)
 
     def segment_micrograph(self, micrograph: Micrograph, pixel_size_um: float | None = None) -> np.ndarray:
         """Segment a micrograph as the instrument wrote it.
@@ -72,6 +73,26 @@ class Segmenter:
             If the segmenter carries no preparation, or that refuses the micrograph: too small, flat, saturated,
             structureless, or of no suitable magnification.
         """
+        maps, scale = self.micrograph_maps(micrograph, pixel_size_um)
+        labels = np.zeros(micrograph.image.shape, np.int32)
+        labels[: maps.shape[1]] = instances(maps, self.cut, scale)
+        return labels
+
+    def micrograph_maps(self, micrograph: Micrograph, pixel_size_um: float | None = None) -> tuple[np.ndarray, float]:
+        """The network's maps of a micrograph, before they are cut into grains.
+
+        Parameters
+        ----------
+        micrograph, pixel_size_um
+            As for `segment_micrograph`, which also says what is raised.
+
+        Returns
+        -------
+        maps : ndarray
+            (2, rows above the info bar, width), float32 in [0, 1]: boundary probability and depth, at the micrograph's own size.
+        scale : float
+            Pixels of the network's scale per pixel of the micrograph.
+        """
         if self.preparation is None:
             raise UserError("this segmenter was trained without micrographs and cannot prepare one; segment prepared images instead")
         try:
@@ -80,14 +101,11 @@ class Segmenter:
             raise UserError(str(error)) from error
         maps = predict_maps(self.network, image, self.config["precision"])
         field = (bar_row, micrograph.image.shape[1])
-        full = np.stack([transform.resize(m, field, order=1, anti_aliasing=scale > 1) for m in maps])
-        labels = np.zeros(micrograph.image.shape, np.int32)
-        labels[:bar_row] = instances(full, self.seed_level, MIN_GRAIN_PX / scale**2)
-        return labels
+        return np.stack([transform.resize(m, field, order=1, anti_aliasing=scale > 1) for m in maps]), scale
 
     def save(self, folder: Path) -> None:
-        """Write weights, configuration, seed level and preparation as ``segmenter.safetensors`` into an existing folder."""
-        header = {"config": self.config, "seed_level": self.seed_level, "parents": self.parents,
+        """Write weights, configuration, cut and preparation as ``segmenter.safetensors`` into an existing folder."""
+        header = {"config": self.config, "cut": asdict(self.cut), "parents": self.parents,
                   "preparation": self.preparation.to_dict() if self.preparation else None}
         save_weights(folder / WEIGHTS, self.network.state_dict(), header)
 
@@ -104,7 +122,7 @@ class Segmenter:
         config = header["config"]
         network = build_network(config["architecture"], config["encoder"], None)
         network.load_state_dict(weights)
-        segmenter = cls(network.to(pick_device(device)).eval(), header["seed_level"], config, _preparation(header["preparation"]))
+        segmenter = cls(network.to(pick_device(device)).eval(), Cut(**header["cut"]), config, _preparation(header["preparation"]))
         segmenter.parents = header["parents"]
         return segmenter
 

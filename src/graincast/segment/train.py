@@ -19,15 +19,15 @@ from graincast.compute import Log, ahead, autocast, background_threads, pick_dev
 from graincast.errors import UserError
 from graincast.evaluate.metrics import score_labels
 from graincast.segment.augment import augmented_crop
-from graincast.segment.instances import instances
+from graincast.segment.instances import SMALLEST_SHARE, Cut, instances
 from graincast.segment.network import build_network, standardise, targets
 from graincast.segment.segmenter import Segmenter, predict_maps
 
 if TYPE_CHECKING:
     from graincast.config import Segmenter as SegmenterConfig
 
-SEED_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Depths tried for the watershed's seeds; the best on the held-out synthetic set is kept."""
+SEED_LEVELS, MERGE_LEVELS = (0.3, 0.5, 0.7), (0.5, 0.6, 0.7)
+"""Levels tried for the cut into grains; the pair that does best on the held-out synthetic set is kept."""
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -49,7 +49,7 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
     Returns
     -------
     Segmenter
-        The weights of the epoch with the smallest validation loss, the seed level that scores best on `validation`.
+        The weights of the epoch with the smallest validation loss, the cut that scores best on `validation`.
 
     Raises
     ------
@@ -95,8 +95,8 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             checkpoint.record(epoch, figures)
         network.load_state_dict(best.weights)
         network.to(memory_format=torch.contiguous_format).eval()
-        seed_level = _best_seed_level(network, validation, config.precision)
-    return Segmenter(network, seed_level, config.model_dump())
+        cut = _best_cut(network, validation, config.precision, SMALLEST_SHARE * _mean_area(training))
+    return Segmenter(network, cut, config.model_dump())
 
 
 @dataclass
@@ -157,13 +157,18 @@ def _validation_loss(network: torch.nn.Module, validation: Sequence[Pair], devic
     return float(np.mean(losses))
 
 
-def _best_seed_level(network: torch.nn.Module, validation: Sequence[Pair], precision: str) -> float:
+def _best_cut(network: torch.nn.Module, validation: Sequence[Pair], precision: str, smallest_px: float) -> Cut:
     maps = [predict_maps(network, image, precision) for image, _ in validation]
 
-    def quality(level: float) -> float:
-        return float(np.mean([score_labels(instances(m, level), labels)["pq"] for m, (_, labels) in zip(maps, validation, strict=True)]))
+    def quality(cut: Cut) -> float:
+        return float(np.mean([score_labels(instances(m, cut), labels)["pq"] for m, (_, labels) in zip(maps, validation, strict=True)]))
 
-    return max(SEED_LEVELS, key=quality)
+    return max((Cut(seed, merge, smallest_px) for seed in SEED_LEVELS for merge in MERGE_LEVELS), key=quality)
+
+
+def _mean_area(pairs: Sequence[Pair]) -> float:
+    """Mean area of the grains, px."""
+    return sum(labels.size for _, labels in pairs) / max(sum(len(np.unique(labels[labels > 0])) for _, labels in pairs), 1)
 
 
 def _check(training: Sequence[Pair], validation: Sequence[Pair], crop: int) -> None:

@@ -11,11 +11,15 @@ import numpy as np
 class Synthesiser(Protocol):
     """Turns the picture of a simulated morphology into a micrograph without moving its boundaries."""
 
-    def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
-        """Micrograph, uint8 (height, width), of a morphology's `picture`, uint8 of the same shape.
+    def to_sem(self, picture: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+        """Micrograph, uint8 (height, width), of a morphology: `picture`, uint8, and instance ids `labels`, int32, of that shape.
 
         `seed` draws the detail that the morphology leaves open.
         """
+        ...
+
+    def in_tones(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The morphology's picture itself, untranslated, in the micrographs' brightness and contrast; uint8 of its shape."""
         ...
 
     def save(self, folder: Path) -> None:

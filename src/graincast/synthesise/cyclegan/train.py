@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage as ndi
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -21,6 +20,7 @@ from graincast.compute import Log, autocast, dihedral, load_weights, memory_form
 from graincast.errors import UserError
 from graincast.microscope.quality import noise_level
 from graincast.synthesise.cyclegan.model import Discriminator, Generator
+from graincast.synthesise.tones import Morphology, Tones, match_tones
 
 if TYPE_CHECKING:
     from graincast.config import Translator as TranslatorConfig
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 WEIGHTS = "translator.safetensors"
 AVERAGING = 0.98
 """Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
-DENOISE_PX = 1.5
-"""Standard deviation of the Gaussian that takes the noise out of micrographs before their histogram is taken, px."""
 TEXTURE_PX = 3
 """Side of the window below which a micrograph's detail counts as texture, which the cycle need not bring back, px."""
 POLARITY_MARGIN = 0.3
@@ -46,8 +44,8 @@ class CycleGAN:
         F, simulation -> SEM, with noise.
     backward : Generator
         G, SEM -> simulation.
-    tones : ndarray
-        uint8 (256,): grey level in which F is shown each grey level of a picture (`tone_curve`).
+    tones : Tones
+        In which F is shown a picture.
     bright_boundaries : bool
         Whether boundaries are brighter than grains in the micrographs.
     config : dict
@@ -58,24 +56,29 @@ class CycleGAN:
 
     forward: Generator
     backward: Generator
-    tones: np.ndarray
+    tones: Tones
     bright_boundaries: bool
     config: dict[str, Any]
     parents: dict[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
-    def to_sem(self, picture: np.ndarray, seed: int) -> np.ndarray:
+    def to_sem(self, picture: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
         """See `graincast.synthesise.base.Synthesiser.to_sem`."""
         noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(picture.shape, np.float32))
-        padded, crop = _pad(torch.cat([_to_tensor([self.tones[picture]]), noise[None, None]], dim=1))
+        padded, crop = _pad(torch.cat([_to_tensor([self.in_tones(picture, labels)]), noise[None, None]], dim=1))
         padded = padded.to(next(self.forward.parameters()).device)
         return _to_uint8(self.forward.eval()(padded[:, :1], padded[:, 1:])[0, 0][crop])
+
+    def in_tones(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """See `graincast.synthesise.base.Synthesiser.in_tones`."""
+        return self.tones.apply(picture, labels)
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
         weights = {f"{part}.{name}": value for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
-        header = {"config": self.config, "tones": self.tones.tolist(), "bright_boundaries": self.bright_boundaries, "parents": self.parents}
+        header = {"config": self.config, "tone_spread": self.tones.spread, "tone_curve": self.tones.curve.tolist(),
+                  "bright_boundaries": self.bright_boundaries, "parents": self.parents}
         save_weights(folder / WEIGHTS, weights, header)
 
     @classmethod
@@ -87,17 +90,18 @@ class CycleGAN:
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
-        return cls(nets["forward"], nets["backward"], np.array(header["tones"], np.uint8), header["bright_boundaries"], config, header["parents"])
+        tones = Tones(header["tone_spread"], np.array(header["tone_curve"], np.uint8))
+        return cls(nets["forward"], nets["backward"], tones, header["bright_boundaries"], config, header["parents"])
 
 
-def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
+def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
                    bright_boundaries: bool = False, log: Log | None = None, checkpoint: Checkpoint | None = None) -> CycleGAN:
     """Learn how a microscope makes grains look, from unpaired images.
 
     Parameters
     ----------
-    pictures : sequence of ndarray
-        Simulated pictures, uint8 (height, width), boundaries dark.
+    morphologies : sequence of (ndarray, ndarray)
+        Simulated pictures, uint8 (height, width), boundaries dark, and their instance ids, int32.
     micrographs : sequence of ndarray
         Prepared micrographs, uint8 (height, width), with grains of about the simulation's size in px.
     config : graincast.config.Translator
@@ -119,10 +123,9 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
     UserError
         If no picture, or no micrograph, is as large as a crop.
     """
-    pictures = _large_enough(pictures, config.crop, "simulated pictures", "simulate.size")
     micrographs = _large_enough(micrographs, config.crop, "micrographs", "translator.crop")
-    tones = tone_curve(pictures, micrographs, bright_boundaries)
-    pictures = [tones[picture] for picture in pictures]
+    tones = match_tones(morphologies, micrographs, bright_boundaries)
+    pictures = _large_enough([tones.apply(*morphology) for morphology in morphologies], config.crop, "simulated pictures", "simulate.size")
     device = pick_device(config.device)
     with seeded(config.seed):
         training = _Training(config, device)
@@ -142,28 +145,6 @@ def train_cyclegan(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndar
 
 
 Net = TypeVar("Net", Generator, Discriminator)
-
-
-def tone_curve(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], bright_boundaries: bool) -> np.ndarray:
-    """Grey levels that give simulated pictures the histogram of the micrographs, noise apart.
-
-    The translator starts from there and needs not spend its training on brightness and contrast; where boundaries are
-    bright the pictures are inverted first, so that F never has to turn contrast round.
-
-    Returns
-    -------
-    ndarray
-        uint8 (256,), monotone: rising, or falling where `bright_boundaries`.
-    """
-    shown = _rank(pictures)
-    wanted = _rank([np.rint(ndi.gaussian_filter(image.astype(np.float32), DENOISE_PX)).astype(np.uint8) for image in micrographs])
-    return np.rint(np.interp(1 - shown if bright_boundaries else shown, wanted, np.arange(256))).astype(np.uint8)
-
-
-def _rank(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Share of the pixels below each grey level, half of those at it included; (256,), rising."""
-    counts = sum((np.bincount(image.ravel(), minlength=256) for image in images), np.zeros(256))
-    return (np.cumsum(counts) - counts / 2) / counts.sum()
 
 
 class _Training:
