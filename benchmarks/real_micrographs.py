@@ -13,8 +13,8 @@ threshold     local threshold, its window and offset chosen with the masks in vi
 watershed     marker watershed
 ============  ========================================================================================================
 
-No choice of ours looks at a mask: scale, polarity and tones come from the unlabelled images, the epoch and the cut
-into grains from synthetic images. Masks are read by `truth` alone, which serves the scores and ``scarce``.
+No choice of ours looks at a mask: scale, polarity and tones come from the unlabelled images, the epoch from
+synthetic images. Masks are read by `truth` alone, which serves the scores and ``scarce``.
 
 Every training lies in ``--work`` under a digest of its configuration and code, so that an interrupted study goes on where it
 stopped. The last line is one JSON object: field, method, metric, mean and standard deviation over the seeds.
@@ -183,7 +183,7 @@ Predict = Callable[[Micrograph], np.ndarray]
 
 
 def ours(study: Study) -> Predict:
-    """Translated and untranslated simulations; half of the validation images choose epoch and cut, as in the product."""
+    """Translated and untranslated simulations; half of the validation images choose the epoch, as in the product."""
     sets = study.synthetic()
     choosing, _ = stages.halves(sets["validation"])
     training, validation = (_pairs(sets[name], indices) for name, indices in (("training", range(len(sets["training"]))), ("validation", choosing)))

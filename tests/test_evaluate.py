@@ -391,7 +391,7 @@ class DarkLines(torch.nn.Module):
 
 def test_masked_files_that_are_refused_are_skipped_and_told(tmp_path: Path) -> None:
     preparation = Preparation(None, 1.0, 24.0, 0.01, 96.0, True, 64, 0.5, 0.01, None)
-    segmenter = Segmenter(DarkLines().eval(), Cut(0.6, 0.5, 30), {"precision": "float32"}, preparation)
+    segmenter = Segmenter(DarkLines().eval(), Cut(30), {"precision": "float32"}, preparation)
     image, labels = drawn_micrograph(0)
     with ImageSetWriter(tmp_path / "set", "synthetic") as writer:
         writer.add(image, id="0", labels=labels)

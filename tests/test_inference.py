@@ -37,7 +37,7 @@ class DarkLines(torch.nn.Module):
 
 @pytest.fixture
 def segmenter() -> Segmenter:
-    return Segmenter(DarkLines().eval(), Cut(0.6, 0.5, 30), {"precision": "float32"}, PREPARATION)
+    return Segmenter(DarkLines().eval(), Cut(30), {"precision": "float32"}, PREPARATION)
 
 
 def micrograph() -> np.ndarray:

@@ -79,7 +79,7 @@ def image_sets(folder: Path, pixel_size_um: float | None = 0.05, source: str = "
             if k == 1 and refusals:
                 synthetic.refuse("label fidelity 0.31 is below 0.5", id=f"s{k}", fidelity=0.31)
             else:
-                synthetic.add(picture(labels, k, 0.06), id=f"s{k}", labels=labels, fidelity=0.8 + 0.03 * k)
+                synthetic.add(picture(labels, k, 0.06), id=f"s{k}", labels=labels, look="translated", fidelity=0.8 + 0.03 * k)
     for writer in (micrographs, morphologies, synthetic):
         sets[writer.kind] = writer.result
     return sets
@@ -329,7 +329,7 @@ def test_synthetic_image_stands_beside_its_own_morphology(inputs: ReportInputs) 
 
 def test_strange_labels_are_a_defect(inputs: ReportInputs, tmp_path: Path) -> None:
     with ImageSetWriter(tmp_path / "other", "synthetic") as other:
-        other.add(np.zeros((96, 96), np.uint8), id="x", labels=structure(99), fidelity=1.0)
+        other.add(np.zeros((96, 96), np.uint8), id="x", labels=structure(99), look="translated", fidelity=1.0)
     with pytest.raises(ValueError, match="synthetic image x has the labels of no morphology"):
         side_by_side(dataclasses.replace(inputs, synthetic=other.result))
 
@@ -418,7 +418,7 @@ def test_metrics_cover_the_projects_own_scores() -> None:
 def test_every_realism_figure_is_explained(inputs: ReportInputs, tmp_path: Path) -> None:
     with ImageSetWriter(tmp_path / "synthetic", "synthetic") as writer:
         for k in (0, 2):
-            writer.add(inputs.synthetic.image(k), id=f"{k}", labels=inputs.synthetic.labels(k), morphology=f"s{2 * k - k // 2}")
+            writer.add(inputs.synthetic.image(k), id=f"{k}", labels=inputs.synthetic.labels(k), look="translated", morphology=f"s{2 * k - k // 2}")
     found = set_realism(inputs.micrographs, writer.result, inputs.morphologies, build_network("Unet", "resnet18", None).eval())
     assert set(found.summary) | {"vgg16_kid"} == set(REALISM)
 

@@ -32,9 +32,9 @@ from graincast.segment.segmenter import Segmenter as TrainedSegmenter
 from graincast.segment.train import _batches, train_segmenter
 from graincast.simulate.structure import simulate_structure
 
-QUIET = Augment(relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
+QUIET = Augment(warp=0, relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
 """No effect at all."""
-CUT = Cut(seed_level=0.5, merge_level=0.0, smallest_px=30)
+CUT = Cut(30, merge_level=0)
 SMALL = Segmenter(epochs=2, crops_per_image=2, batch=2, crop=64, device="cpu")
 
 
@@ -170,6 +170,18 @@ class TestAugmentation:
         assert rows.std(axis=0).mean() > 1
         assert rows[:, :128].std(axis=1).max() < 1e-3
 
+
+    def test_bent_labels_stay_on_the_bent_image(self, pairs):
+        labels = pairs[0][1]
+        image = np.where(labels == 0, 0, 200).astype(np.uint8)
+        config, moved = QUIET.model_copy(update={"warp": 0.3}), 0
+        for seed in range(20):
+            crop, ids = augmented_crop(image, labels, 128, config, np.random.default_rng(seed))
+            straight, _ = augmented_crop(image, labels, 128, QUIET, np.random.default_rng(seed))
+            assert ((crop < 100) == (ids == 0)).mean() > 0.95
+            assert set(np.unique(ids)) <= set(np.unique(labels))
+            moved += not np.array_equal(crop, straight)
+        assert 4 <= moved <= 16
 
     @pytest.mark.parametrize("effect", ["relief", "tones", "mottle", "veins", "specks", "scratches"])
     def test_every_effect_of_texture_is_there_in_half_the_crops_and_as_strong_as_asked(self, pairs, effect):

@@ -436,7 +436,7 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     segmenters = []
     for level in (0.3, 0.6):
         network = build_network("Unet", "resnet18", None).eval()
-        segmenters.append(Segmenter(network, Cut(level, 0.5, 30), SegmenterConfig(precision="float32").model_dump()))
+        segmenters.append(Segmenter(network, Cut(30, level), SegmenterConfig(precision="float32").model_dump()))
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
@@ -494,7 +494,7 @@ def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -
     """A run from the cache against a second MLflow server registers there what the first one has."""
     folder = tmp_path / "segmenter"
     folder.mkdir()
-    Segmenter(build_network("Unet", "resnet18", None).eval(), Cut(0.5, 0.5, 30), SegmenterConfig(precision="float32").model_dump()).save(folder)
+    Segmenter(build_network("Unet", "resnet18", None).eval(), Cut(30), SegmenterConfig(precision="float32").model_dump()).save(folder)
     program = (
         "import sys, mlflow, numpy as np; from pathlib import Path; from graincast.store import tracking\n"
         "mlflow.set_experiment(experiment_id=tracking.ensure_experiment())\n"
@@ -522,7 +522,7 @@ def test_the_requirements_of_a_served_segmenter_are_all_it_imports(tmp_path: Pat
     given = {"grain_diameter_px": 20.0, "clahe_clip": 0.01, "clahe_tile_px": 32.0, "cut_info_bar": True}
     preparation = Preparation(**{field.name: given.get(field.name) for field in dataclasses.fields(Preparation)})  # type: ignore[arg-type]
     network = build_network("Unet", "resnet18", None).eval()
-    Segmenter(network, Cut(0.5, 0.5, 30), SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
+    Segmenter(network, Cut(30), SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
     np.save(tmp_path / "example.npy", example)
     program = f"""
 import sys

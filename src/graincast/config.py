@@ -108,7 +108,7 @@ class Simulate(Section):
     """The phase-field grain simulator."""
 
     translator_structures: int = Field(16, ge=1, description="morphologies the translator learns from")
-    synthetic_structures: int = Field(24, ge=1, description="unseen morphologies for the synthetic training set")
+    synthetic_structures: int = Field(96, ge=1, description="unseen morphologies for the synthetic training set")
     validation_structures: int = Field(
         8, ge=2, description="unseen morphologies for the held-out synthetic set: every other one chooses the weights, the rest are only scored"
     )
@@ -207,6 +207,9 @@ class Synthesise(Section):
 class Augment(Section):
     """Augmentation that imitates other specimens and other microscopes; every effect is drawn anew for every crop."""
 
+    warp: float = Field(
+        0.2, ge=0, le=0.3, description="largest displacement that bends boundaries (standard deviation), fraction of the length over which it changes"
+    )
     relief: float = Field(0.12, ge=0, le=1, description="largest tilt and doming of the grains, fraction of full scale from middle to edge")
     tones: float = Field(0.3, ge=0, le=1, description="largest darkening of grains that lie deep, fraction of full scale")
     mottle: float = Field(0.05, ge=0, le=1, description="largest texture at each of four lengths (standard deviation), fraction of full scale")
@@ -229,7 +232,7 @@ class Segmenter(Section):
     encoder: str = Field("resnet18", description="encoder, a segmentation-models-pytorch encoder")
     encoder_weights: str | None = Field(None, description="pretrained encoder weights, e.g. imagenet (needs a network); null: from scratch")
     epochs: int = Field(20, ge=1, description="epochs at most; an epoch sees every synthetic image once")
-    crops_per_image: int = Field(4, ge=1, description="random crops drawn from each image an epoch")
+    crops_per_image: int = Field(1, ge=1, description="random crops drawn from each image an epoch")
     batch: int = Field(8, ge=1, description="crops a step")
     crop: int = Field(128, ge=32, multiple_of=32, description="crop side, px")
     learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest")

@@ -135,7 +135,7 @@ class _History:
 
 
 def halves(validation: ImageSet) -> tuple[range, range]:
-    """Indices of the validation images that choose epoch and seed level, and of those that are only ever scored."""
+    """Indices of the validation images that choose the epoch, and of those that are only ever scored."""
     if len(validation) < 2:
         raise UserError(f"{len(validation)} of the validation images passed the check of label fidelity; two are needed, "
                         "so a larger simulate.validation_structures or a smaller synthesise.min_fidelity would be right")

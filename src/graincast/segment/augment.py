@@ -19,6 +19,8 @@ from graincast.labels import fill_lines
 if TYPE_CHECKING:
     from graincast.config import Augment
 
+WARP_PX = (12.0, 30.0)
+"""Correlation lengths of the displacements that bend boundaries, px."""
 MOTTLE_PX = (1.5, 4.0, 10.0, 25.0)
 """Correlation lengths (standard deviation of the smoothing Gaussian) of the texture on grains, px."""
 VEIN_PX, VEIN_WIDTH = (5.0, 14.0), (0.1, 0.3)
@@ -60,6 +62,7 @@ def augmented_crop(image: np.ndarray, labels: np.ndarray, side: int, config: Aug
     if source != side:
         grey = transform.resize(grey, (side, side), order=1, anti_aliasing=source > side, preserve_range=True).astype(np.float32)
         ids = _nearest(ids, side)
+    grey, ids = _warped(grey, ids, config.warp, rng)
     return imitate(texture(grey, ids, config, rng), config, rng), ids
 
 
@@ -111,6 +114,16 @@ def imitate(grey: np.ndarray, config: Augment, rng: np.random.Generator) -> np.n
     grey = grey + strength * np.sqrt(grey / 127.5) * rng.standard_normal(grey.shape, np.float32)
     grey = grey + 255 * rng.uniform(0, config.line_noise) * rng.standard_normal((grey.shape[0], 1), np.float32)
     return np.clip(grey, 0, 255).astype(np.float32)
+
+
+def _warped(grey: np.ndarray, labels: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Bend image and labels together, in half the crops: simulated boundaries are straighter than many real ones."""
+    if not strength or not _coin(rng):
+        return grey, labels
+    length = rng.uniform(*WARP_PX)
+    amount = strength * length * rng.uniform()
+    places = np.indices(grey.shape, np.float32) + amount * np.stack([_smooth_field(grey.shape, length, rng) for _ in range(2)])
+    return ndi.map_coordinates(grey, places, order=1, mode="reflect"), ndi.map_coordinates(labels, places, order=0, mode="reflect")
 
 
 def _coin(rng: np.random.Generator) -> bool:

@@ -19,18 +19,23 @@ class Cut:
 
     Attributes
     ----------
+    smallest_px : float
+        Smaller grains are dissolved, px of the network's scale.
     seed_level : float
         Connected regions (4-neighbours) deeper than this seed one grain each, 0 to 1.
     merge_level : float
         Neighbours are one grain where the mean evidence along their boundary lies below this, 0 to 1. The mean makes a
         boundary with gaps hold and a false one of a few dark spots go.
-    smallest_px : float
-        Smaller grains are dissolved, px of the network's scale.
+
+    Notes
+    -----
+    Both levels are where the network's own yes and no meet. Chosen on synthetic images instead, they follow chance: those
+    are cut alike by any pair of levels.
     """
 
-    seed_level: float
-    merge_level: float
     smallest_px: float
+    seed_level: float = 0.5
+    merge_level: float = 0.5
 
 
 def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:

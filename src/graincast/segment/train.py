@@ -17,17 +17,14 @@ from tqdm.auto import tqdm
 from graincast.checkpoint import Checkpoint, RandomState, Stateful
 from graincast.compute import Log, ahead, autocast, background_threads, pick_device, seeded
 from graincast.errors import UserError
-from graincast.evaluate.metrics import score_labels
 from graincast.segment.augment import augmented_crop
-from graincast.segment.instances import SMALLEST_SHARE, Cut, instances
+from graincast.segment.instances import SMALLEST_SHARE, Cut
 from graincast.segment.network import build_network, standardise, targets
 from graincast.segment.segmenter import Segmenter, predict_maps
 
 if TYPE_CHECKING:
     from graincast.config import Segmenter as SegmenterConfig
 
-SEED_LEVELS, MERGE_LEVELS = (0.3, 0.5, 0.7), (0.5, 0.6, 0.7)
-"""Levels tried for the cut into grains; the pair that does best on the held-out synthetic set is kept."""
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -49,7 +46,7 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
     Returns
     -------
     Segmenter
-        The weights of the epoch with the smallest validation loss, the cut that scores best on `validation`.
+        The weights of the epoch with the smallest validation loss.
 
     Raises
     ------
@@ -95,7 +92,7 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             checkpoint.record(epoch, figures)
         network.load_state_dict(best.weights)
         network.to(memory_format=torch.contiguous_format).eval()
-        cut = _best_cut(network, validation, config.precision, SMALLEST_SHARE * _mean_area(training))
+    cut = Cut(SMALLEST_SHARE * _mean_area(training))
     return Segmenter(network, cut, config.model_dump())
 
 
@@ -155,15 +152,6 @@ def _validation_loss(network: torch.nn.Module, validation: Sequence[Pair], devic
         maps = torch.from_numpy(predict_maps(network, image, precision))[None].clamp(1e-4, 1 - 1e-4)
         losses.append(float(segmentation_loss(torch.logit(maps), torch.from_numpy(targets(labels))[None])))
     return float(np.mean(losses))
-
-
-def _best_cut(network: torch.nn.Module, validation: Sequence[Pair], precision: str, smallest_px: float) -> Cut:
-    maps = [predict_maps(network, image, precision) for image, _ in validation]
-
-    def quality(cut: Cut) -> float:
-        return float(np.mean([score_labels(instances(m, cut), labels)["pq"] for m, (_, labels) in zip(maps, validation, strict=True)]))
-
-    return max((Cut(seed, merge, smallest_px) for seed in SEED_LEVELS for merge in MERGE_LEVELS), key=quality)
 
 
 def _mean_area(pairs: Sequence[Pair]) -> float:
