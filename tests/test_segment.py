@@ -32,7 +32,8 @@ from graincast.segment.segmenter import Segmenter as TrainedSegmenter
 from graincast.segment.train import _batches, train_segmenter
 from graincast.simulate.structure import simulate_structure
 
-QUIET = Augment(warp=0, relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0, line_noise=0, zoom=1)
+QUIET = Augment(warp=0, relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0,
+                line_noise=0, zoom=1)
 """No effect at all."""
 CUT = Cut(30, merge_level=0)
 SMALL = Segmenter(epochs=2, crops_per_image=2, batch=2, crop=64, device="cpu")
