@@ -687,8 +687,8 @@ def run_sets(real: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -
             image, labels = drawn_micrograph(k)
             morphologies.add(np.where(labels, 200, 60).astype(np.uint8), id=f"s{k}", labels=labels)
             if k != 23:
-                synthetic.add(image, id=f"s{k}-0", labels=labels, morphology=f"s{k}", fidelity=0.9)
-                synthetic.add(255 - image, id=f"s{k}-1", labels=labels, morphology=f"s{k}", fidelity=0.9)
+                synthetic.add(image, id=f"s{k}-0", labels=labels, morphology=f"s{k}", look="translated", fidelity=0.9)
+                synthetic.add(255 - image, id=f"s{k}-1", labels=labels, morphology=f"s{k}", look="translated", fidelity=0.9)
     return {name: writer.result for name, writer in writers.items()}
 
 

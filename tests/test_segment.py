@@ -312,7 +312,7 @@ def test_trains_where_only_the_numerical_libraries_are():
         image = (labels * 15).astype(np.uint8)
         translator = train_cyclegan([(image, labels)], [image], Translator(steps=1, crop=32, filters=4, residual_blocks=0))
         translated = translator.to_sem(image, labels, 0)
-        segmenter = train_segmenter([(translated, labels)], [(translated, labels)], Segmenter(epochs=1, crop=32))
+        segmenter = train_segmenter([(translated, labels)], [(translated, labels)], Segmenter(epochs=1, crop=64))
         print(segmenter.segment(image).shape)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)

@@ -234,7 +234,7 @@ class Segmenter(Section):
     epochs: int = Field(20, ge=1, description="epochs at most; an epoch sees every synthetic image once")
     crops_per_image: int = Field(1, ge=1, description="random crops drawn from each image an epoch")
     batch: int = Field(8, ge=1, description="crops a step")
-    crop: int = Field(128, ge=32, multiple_of=32, description="crop side, px")
+    crop: int = Field(128, ge=64, multiple_of=32, description="crop side, px")
     learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest")
     patience: int = Field(8, ge=1, description="epochs without a better validation loss before training stops")
     augment: Augment = Augment()

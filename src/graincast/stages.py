@@ -24,7 +24,7 @@ from graincast.microscope.ingest import ingest
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.virtual_sem import write_session
 from graincast.segment.segmenter import Segmenter
-from graincast.segment.train import Pair, train_segmenter
+from graincast.segment.train import train_segmenter
 from graincast.simulate.library import mean_grain_diameter, simulate_library
 from graincast.store.imageset import ImageSet, folder_digest, whole_folder
 from graincast.synthesise.cyclegan.train import CycleGAN, train_cyclegan
@@ -142,5 +142,5 @@ def halves(validation: ImageSet) -> tuple[range, range]:
     return range(0, len(validation), 2), range(1, len(validation), 2)
 
 
-def _pairs(images: ImageSet, indices: range) -> list[Pair]:
+def _pairs(images: ImageSet, indices: range) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(images.image(i), images.labels(i)) for i in indices]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from graincast.config import Ingest
 from graincast.errors import UserError
 from graincast.microscope import mixture
-from graincast.microscope.preparation import Preparation
+from graincast.microscope.preparation import Preparation, prepare
 from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.microscope.scale import estimate_grain_diameter
 from graincast.store.imageset import ImageSet, ImageSetWriter
@@ -95,11 +95,13 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
                 continue
             image, file_scale = prepared
             writer.add(image, pixel_size_um=_resampled_um(survey, preparation, file_scale), scale=file_scale, **common)
-            members.append(mixture.Member.of(common["source"], image, survey.grain_diameter_px * file_scale))
-        if missing := mixture.too_few(members, grain_diameter_px):
+            view = mixture.GRAIN_PX / grain_diameter_px
+            seen = prepare(image / np.float32(255), view, mixture.CLAHE_CLIP, mixture.CLAHE_TILE_PX)
+            members.append(mixture.Member.of(common["source"], seen, survey.grain_diameter_px * file_scale * view))
+        if missing := mixture.too_few(members, mixture.GRAIN_PX):
             raise UserError(f"{folder}: {missing}")
         writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members)).to_dict()
-        writer.info["warnings"] = mixture.warnings(members, grain_diameter_px)
+        writer.info["warnings"] = mixture.warnings(members, mixture.GRAIN_PX)
         writer.info["groups"] = [[member.name for member in group] for group in mixture.group_by_look(members)]
     for sentence in writer.info["warnings"]:
         logger.warning("graincast: warning: %s", sentence)  # now, while the trainings to come can still be spared

@@ -19,6 +19,9 @@ from skimage.morphology import black_tophat, disk, white_tophat
 
 LINE_PX = 4
 """Half the largest width of a boundary line, px, at the simulation's scale; grains are several times wider."""
+GRAIN_PX, CLAHE_CLIP, CLAHE_TILE_PX = 30.0, 0.01, 120.0
+"""The view in which micrographs are compared, however the networks see them: mean grain diameter, px, and histogram
+equalisation (`graincast.microscope.preparation.prepare`). All thresholds here were measured in it."""
 WINDOW_PX = 1024
 """Side of the window in the middle of a prepared micrograph that is looked at; it holds hundreds of grains."""
 DETAIL_PX = (0.7, 1.4, 2.8, 5.6, 11.2)
@@ -50,7 +53,8 @@ ENOUGH_TO_SIZE = 20
 """Grains that a micrograph must hold for its estimated diameter to be compared."""
 CLEAR_BALANCE = 0.15
 """`boundary_balance` from which boundaries are clearly bright, or its negative clearly dark. Measured: -0.34 perovskite film,
--0.27 to -0.05 NBT ceramic, -0.21 etched iron, 0.30 a two-phase alloy; TiO2 particles, which have no lines, stay within 0.1."""
+-0.27 to -0.05 NBT ceramic, -0.21 etched iron, 0.30 a two-phase alloy; TiO2 particles, which have no lines, stay within 0.1.
+Unequalised, as the networks see them by default: -0.43, -0.13 to 0.01, -0.35, 0.39, and 0.13 to 0.26."""
 STREAKED = 2.2
 """`streaks` of a charged micrograph. 49 uncharged SEM fields: 0.7 to 1.95, mean of the logarithm 0.15, standard deviation
 0.21, so 2.2 lies three of these above; bright trails of four times a feature's excess over 3 um make 3."""
@@ -189,7 +193,7 @@ class Member:
 
     @classmethod
     def of(cls, name: str, image: np.ndarray, grain_diameter_px: float) -> Member:
-        """Look at a prepared micrograph, uint8 (height, width)."""
+        """Look at a micrograph, uint8 (height, width), in the view that micrographs are compared in (`GRAIN_PX`)."""
         return cls(name, look_of(image), streaks(image), grain_diameter_px, image.size)
 
     @property

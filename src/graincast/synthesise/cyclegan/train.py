@@ -132,7 +132,7 @@ def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.
         training.set_noise(float(np.median([noise_level(image / np.float32(255)) for image in micrographs])))
         rng = np.random.default_rng(config.seed)
         checkpoint = checkpoint or Checkpoint()
-        done = checkpoint.resume({**training.parts(), "crops": RandomState(rng)}, device, [config.model_dump(), tones, *pictures, *micrographs], log)
+        done = checkpoint.resume({**training.parts(), "crops": RandomState(rng)}, device, [config.model_dump(), *pictures, *micrographs], log)
         for step in tqdm(range(done, config.steps), desc="translator", unit="step", initial=done, total=config.steps, disable=None):
             sim = _crops(pictures, config, rng, symmetries=8).to(device, memory_format=memory_format(device))
             # micrographs are not turned: shading, shadows and scan-line noise have a direction
