@@ -16,6 +16,7 @@ from graincast.report.drawing import CURVES, GREY, INK, heading, legend, palette
 from graincast.report.findings import METRICS, OURS, is_measured, mean_scores, plural, unit_label
 from graincast.report.inputs import ReportInputs
 from graincast.store.imageset import ImageSet
+from graincast.synthesise.generate import TRANSLATED
 
 CROP = 256
 """Largest side of the image crops shown side by side, px."""
@@ -57,9 +58,10 @@ def side_by_side(inputs: ReportInputs, rows: int = 3) -> Figure:
     """
     real, synthetic = inputs.micrographs, inputs.synthetic
     side = min(CROP, smallest_side(inputs))
-    rows = min(rows, max(len(real), len(synthetic)))
+    translated = np.flatnonzero(synthetic.rows["look"] == TRANSLATED)
+    rows = min(rows, max(len(real), len(translated)))
     panels = []
-    for row, (i, j) in enumerate(zip(_spread(len(real), rows), _spread(len(synthetic), rows), strict=True)):
+    for row, (i, j) in enumerate(zip(_spread(len(real), rows), (int(translated[k]) for k in _spread(len(translated), rows)), strict=True)):
         image, labels = synthetic.image(j), synthetic.labels(j)
         picture = inputs.morphologies.image(_origin(synthetic, j, inputs.morphologies))
         pages = (real.image(i), picture, image, _outlined(image, labels))
