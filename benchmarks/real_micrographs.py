@@ -28,8 +28,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ from skimage import measure, morphology, segmentation
 
 from benchmarks import machine
 from graincast import stages
-from graincast.compute import random_crop
+from graincast.compute import dihedral, random_crop
 from graincast.config import Config, VirtualSem, load_config
+from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
 from graincast.evaluate.metrics import read_mask, score_grains
 from graincast.evaluate.overlay import overlay
@@ -53,6 +56,7 @@ from graincast.segment.instances import instances
 from graincast.segment.segmenter import Segmenter
 from graincast.segment.train import Pair, train_segmenter
 from graincast.store.imageset import ImageSet, whole_folder
+from graincast.synthesise.generate import TRANSLATED, UNTRANSLATED
 from graincast.synthesise.polarity import boundaries_are_bright
 from steps.sources import source_files
 
@@ -61,10 +65,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = {"cpu": "demo", "gpu": "paper"}
 METRICS = ("bf1_2px", "bf1_4px", "bf1_075", "miou", "iou_grain", "iou_boundary", "ap50", "pq", "d_astm_g", "vi_split", "vi_merge")
 PATCHES = 4
+TEXTURE = ("relief", "tones", "mottle", "veins", "specks", "scratches")
+"""Effects of the augmentation that draw what a morphology leaves open."""
 VIRTUAL_GRAIN_UM = 1.9
 """Mean grain diameter for which the virtual SEM's default settings are meant, um."""
 WATERSHED_SIGMA, WATERSHED_RISE_PX = 2.0, 8
 """Smoothing, and rise of the distance to the lines that a marker needs, px of the original; chosen with the masks in view."""
+NBT = "nbt-ceramic-sem"
 NBT_SPECIMENS = ("1", "2", "3", "5", "6", "8")
 NBT_5000X = ("1_001", "1_003", "2_001", "3_001", "3_002", "5_001", "5_004", "6_001", "6_004", "6_005", "6_007", "8_001")
 
@@ -81,11 +88,14 @@ class Material:
         Labelled images: pattern; the masks lie in ``masks`` beside ``images``. Empty: no masks, grain lengths are compared.
     settings : dict
         What a user would set, having looked at the images: section to key to value.
+    leave_one_out : bool
+        Train a model for every specimen, on the images of the others.
     """
 
     train: str
     test: str
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leave_one_out: bool = False
 
 
 def _single(name: str, **settings: dict[str, Any]) -> Material:
@@ -99,7 +109,8 @@ MATERIALS = {
     "faint_boundaries_sem": _single("faint_boundaries_sem", ingest={"scale": 0.25}),
     "two_phase_alloy_fesem_1": _single("two_phase_alloy_fesem_1"),
     "two_phase_alloy_fesem_2": _single("two_phase_alloy_fesem_2"),
-    "nbt_ceramic_sem": Material("nbt-ceramic-sem/images/*.tif", ""),
+    "nbt_ceramic_sem": Material(f"{NBT}/images/*.tif", ""),
+    "nbt_leave_one_out": Material(f"{NBT}/images/*.tif", "", leave_one_out=True),
     "steel_316l_optical": Material("steel-316l-optical/images/field{01..24}_*.jpg", "steel-316l-optical/images/field{25..30}_*.jpg"),
 }
 
@@ -107,9 +118,8 @@ MATERIALS = {
 class Study:
     """The trainings of one material and seed, each kept in `work` under a digest of what made it."""
 
-    def __init__(self, name: str, data: Path, work: Path, config: Config, seed: int) -> None:
-        self.name, self.data, self.work, self.seed = name, data, work, seed
-        self.material = MATERIALS[name]
+    def __init__(self, name: str, material: Material, data: Path, work: Path, config: Config, seed: int) -> None:
+        self.name, self.material, self.data, self.work, self.base, self.seed = name, material, data, work, config, seed
         sections = config.model_dump()
         for section, keys in self.material.settings.items():
             sections[section] |= keys
@@ -117,6 +127,13 @@ class Study:
             sections[section]["seed"] = seed
         self.config = Config.model_validate(sections)
         self.seconds: dict[str, float] = {}
+
+    def without(self, specimen: str) -> Study:
+        """The same study on the images whose names do not start with `specimen`; its times count here."""
+        material = replace(self.material, train=self.material.train.replace("*", f"[!{specimen}]*"), leave_one_out=False)
+        other = Study(f"{self.name}_{specimen}", material, self.data, self.work, self.base, self.seed)
+        other.seconds = self.seconds
+        return other
 
     def kept(self, stage: str, makes: Callable[[Path], object], *depends: object) -> Path:
         """The folder that `makes` fills, made only where no run before has made it from the same code and the same `depends`."""
@@ -182,18 +199,40 @@ class Study:
 Predict = Callable[[Micrograph], np.ndarray]
 
 
-def ours(study: Study) -> Predict:
-    """Translated and untranslated simulations; half of the validation images choose the epoch, as in the product."""
+def ours(study: Study, *, looks: Sequence[str] = (TRANSLATED, UNTRANSLATED), without: Sequence[str] = (), merge_level: float | None = None,
+         symmetries: int = 1) -> Predict:
+    """Translated and untranslated simulations; half of the validation images choose the epoch, as in the product.
+
+    What follows is for the ablation: other looks in the training set, effects of the augmentation left out, another level
+    of the merging of weak boundaries, and maps averaged over the first `symmetries` of the square's eight.
+    """
     sets = study.synthetic()
     choosing, _ = stages.halves(sets["validation"])
-    training, validation = (_pairs(sets[name], indices) for name, indices in (("training", range(len(sets["training"]))), ("validation", choosing)))
-    return study.segmenter(training, validation, sets["training"].digest, sets["validation"].digest).segment_micrograph
+    rows = sets["training"].rows["look"]
+    training = _pairs(sets["training"], [int(i) for i in np.flatnonzero(rows.isin(looks))])
+    augment = study.config.segmenter.augment.model_copy(update=dict.fromkeys(without, 0.0))
+    trained = study.segmenter(training, _pairs(sets["validation"], choosing), sets["training"].digest, sets["validation"].digest,
+                              *(looks if len(looks) == 1 else ()), augment=augment, crops_per_image=_same_budget(study, len(training)))
+    if merge_level is not None:
+        trained.cut = replace(trained.cut, merge_level=merge_level)
+    return trained.segment_micrograph if symmetries == 1 else partial(_averaged, trained, symmetries)
+
+
+def _averaged(segmenter: Segmenter, symmetries: int, micrograph: Micrograph) -> np.ndarray:
+    """Grains from maps averaged over symmetries of the square; of a micrograph without an info bar."""
+    total, scale = segmenter.micrograph_maps(micrograph)
+    for symmetry in range(1, symmetries):
+        turned = dihedral(np.ascontiguousarray(micrograph.image), symmetry)
+        maps, _ = segmenter.micrograph_maps(replace(micrograph, image=np.ascontiguousarray(turned)))
+        back = maps[..., ::-1] if symmetry >= 4 else maps
+        total = total + np.rot90(back, -symmetry % 4, axes=(-2, -1))
+    return instances(total / symmetries, segmenter.cut, scale)
 
 
 def untextured(study: Study) -> Predict:
     """The simulated pictures as they are, with the augmentation of gain, offset, focus and noise alone."""
     splits = study.morphologies()
-    plain = study.config.segmenter.augment.model_copy(update=dict.fromkeys(("relief", "tones", "mottle", "veins", "specks", "scratches"), 0.0))
+    plain = study.config.segmenter.augment.model_copy(update=dict.fromkeys((*TEXTURE, "warp"), 0.0))
     return study.segmenter(*(_pairs(splits[name], range(len(splits[name]))) for name in ("synthetic", "validation")),
                            *(splits[name].digest for name in ("synthetic", "validation")),
                            augment=plain, crops_per_image=_same_budget(study, len(splits["synthetic"]))).segment_micrograph
@@ -293,6 +332,15 @@ def _dark_lines(micrograph: Micrograph) -> np.ndarray:
 METHODS: dict[str, Callable[[Study], Predict]] = {
     "ours": ours, "untextured": untextured, "virtual_sem": virtual_sem, "scarce": scarce, "threshold": threshold, "watershed": watershed}
 SEEDLESS = ("threshold", "watershed")
+ABLATIONS: dict[str, Callable[[Study], Predict]] = {
+    "translated_only": partial(ours, looks=(TRANSLATED,)),
+    "untranslated_only": partial(ours, looks=(UNTRANSLATED,)),
+    "without_texture": partial(ours, without=TEXTURE),
+    "without_warp": partial(ours, without=("warp",)),
+    "without_merging": partial(ours, merge_level=0.0),
+    "with_flips": partial(ours, symmetries=8),
+}
+"""Ours with one thing changed."""
 
 
 def find(data: Path, pattern: str) -> list[Path]:
@@ -312,7 +360,7 @@ def truth(image: Path) -> np.ndarray:
 
 def score(study: Study, method: str, out: Path) -> dict[str, float]:
     """Mean scores of a method over the test images; an overlay of the first one goes to `out`."""
-    predict = METHODS[method](study)
+    predict = {**METHODS, **ABLATIONS}[method](study)
     rows = []
     for number, image in enumerate(find(study.data, study.material.test)):
         micrograph, mask = read_micrograph(image), truth(image)
@@ -324,31 +372,56 @@ def score(study: Study, method: str, out: Path) -> dict[str, float]:
     return pd.DataFrame(rows)[list(METRICS)].mean().to_dict()
 
 
-def grain_lengths(study: Study, out: Path) -> dict[str, float]:
+def grain_lengths(study: Study, method: str, out: Path) -> dict[str, float]:
     """Mean grain length of each NBT specimen at 5000x, um, and how well the means follow the hand-measured ones.
 
     The length of a grain is its largest extent (Feret), which is what a hand draws; it was fixed before any figure was seen.
-    Grains that the border cuts do not count.
+    Grains that the border cuts do not count. With `Material.leave_one_out` the model that measures a specimen has not seen it.
     """
-    predict = ours(study)
-    lengths: dict[str, list[float]] = {specimen: [] for specimen in NBT_SPECIMENS}
-    for name in NBT_5000X:
-        micrograph = read_micrograph(study.data / "nbt-ceramic-sem" / "images" / f"{name}.tif")
-        labels = predict(micrograph)
-        field = labels[: int(np.flatnonzero(labels.any(axis=1)).max()) + 1]
-        whole = segmentation.clear_border(field)
-        lengths[name[0]] += [grain.feret_diameter_max * micrograph.pixel_size_um for grain in measure.regionprops(whole)]
-        if name in ("2_001", "8_001"):
-            out.mkdir(parents=True, exist_ok=True)
-            iio.imwrite(out / f"{study.name}-{name}-{study.seed}.png", overlay(to_grey8(micrograph.image), labels))
-    by_hand = pd.read_csv(study.data / "nbt-ceramic-sem" / "measured_lengths.csv", dtype={"sample": str}).groupby("sample")["grain_length_um"].mean()
-    means = pd.Series({specimen: np.mean(values) for specimen, values in lengths.items()})
+    by_hand = pd.read_csv(study.data / NBT / "measured_lengths.csv", dtype={"sample": str}).groupby("sample")["grain_length_um"].mean()
+    means = pd.Series({specimen: _mean_length(study.without(specimen) if study.material.leave_one_out else study, method, specimen, out)
+                       for specimen in NBT_SPECIMENS})
     error = means / by_hand[means.index] - 1
     return {"pearson_r": float(np.corrcoef(means, by_hand[means.index])[0, 1]), "mean_absolute_error": float(error.abs().mean()),
             **{f"specimen_{specimen}_um": float(value) for specimen, value in means.items()}}
 
 
+def _mean_length(study: Study, method: str, specimen: str, out: Path) -> float:
+    predict = {**METHODS, **ABLATIONS}[method](study)
+    lengths: list[float] = []
+    for name in (name for name in NBT_5000X if name.startswith(specimen)):
+        micrograph = read_micrograph(study.data / NBT / "images" / f"{name}.tif")
+        labels = predict(micrograph)
+        field = labels[: int(np.flatnonzero(labels.any(axis=1)).max()) + 1]
+        grains = measure.regionprops(segmentation.clear_border(field))
+        lengths += [grain.feret_diameter_max * (micrograph.pixel_size_um or np.nan) for grain in grains]
+        out.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(out / f"{study.name}-{name}-{method}-{study.seed}.png", overlay(to_grey8(micrograph.image), labels))
+    return float(np.mean(lengths))
+
+
 Figures = dict[str, dict[str, list[dict[str, float]]]]  # field, method: a row of metrics a seed
+
+
+@dataclass
+class Done:
+    """What has been measured so far: figures, and seconds of the trainings behind them, by field, method and seed."""
+
+    figures: Figures = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    seconds: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    refused: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+
+    def run(self, study: Study, method: str, overlays: Path) -> None:
+        """Measure one method; a refusal is a result, too."""
+        try:
+            scored = (score if study.material.test else grain_lengths)(study, method, overlays)
+        except UserError as error:
+            self.refused[study.name][method] = str(error)
+            print(f"{study.name} {method} {study.seed} refused: {error}", flush=True)
+            return
+        self.figures[study.name][method].append(scored)
+        self.seconds[study.name][method].append(study.seconds)
+        print(study.name, method, study.seed, {metric: round(value, 3) for metric, value in scored.items()}, study.seconds, flush=True)
 
 
 def table(figures: Figures) -> pd.DataFrame:
@@ -371,17 +444,18 @@ def summary(figures: Figures) -> dict[str, Any]:
     return {"fields": {name: {method: spread(seeds) for method, seeds in methods.items()} for name, methods in figures.items()}}
 
 
-def record(figures: Figures, seconds: Mapping[str, Any], preset: str) -> Path:
-    """Keep the figures under ``benchmarks/results/``, those of fields that this run left out as they were."""
+def record(done: Done, preset: str) -> Path:
+    """Keep the figures under ``benchmarks/results/``, those of fields and methods that this run left out as they were."""
     path = RESULTS / f"real_micrographs_{preset}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"fields": {}, "made": {}}
+    kept = json.loads(path.read_text()) if path.exists() else {"fields": {}, "made": {}, "refused": {}}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    command = "python -m benchmarks.real_micrographs " + " ".join(sys.argv[1:])
-    for name, methods in summary(figures)["fields"].items():
+    made = {"command": "python -m benchmarks.real_micrographs " + " ".join(sys.argv[1:]), "commit": commit}
+    for name, methods in summary(done.figures)["fields"].items():
         kept["fields"].setdefault(name, {}).update(methods)
-        made = kept["made"].setdefault(name, {})
         for method in methods:
-            made[method] = {"command": command, "commit": commit, "seeds": len(figures[name][method]), "seconds": seconds[name][method]}
+            kept["made"].setdefault(name, {})[method] = {**made, "seeds": len(done.figures[name][method]), "seconds": done.seconds[name][method]}
+    for name, reasons in done.refused.items():
+        kept["refused"].setdefault(name, {}).update(reasons)
     kept["machine"] = machine.describe()
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
@@ -391,7 +465,8 @@ def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[*MATERIALS], default=[*MATERIALS], metavar="FIELD", help=", ".join(MATERIALS))
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], default=[*METHODS], metavar="METHOD",
+                        help=", ".join(METHODS) + "; ours with one thing changed: " + ", ".join(ABLATIONS))
     parser.add_argument("--preset", choices=[*PRESETS], default="cpu")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each method with other random numbers throughout")
     parser.add_argument("--first-seed", type=int, default=0)
@@ -400,22 +475,17 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the figures under benchmarks/results")
     options = parser.parse_args()
     config = load_config(ROOT / "configs" / f"{PRESETS[options.preset]}.yaml")
-    figures: Figures = {}
-    seconds: dict[str, dict[str, Any]] = {}
+    done = Done()
     for name in options.only:
-        figures[name], seconds[name] = {}, {}
-        for method in options.methods if MATERIALS[name].test else ["ours"]:
+        material = MATERIALS[name]
+        for method in options.methods if material.test else ["ours"]:
             for seed in range(options.first_seed, options.first_seed + (1 if method in SEEDLESS else options.seeds)):
-                study = Study(name, options.data.resolve(), options.work.resolve(), config, seed)
-                scored = (score(study, method, options.work / "overlays") if study.material.test else grain_lengths(study, options.work / "overlays"))
-                figures[name].setdefault(method, []).append(scored)
-                seconds[name].setdefault(method, []).append(study.seconds)
-                print(name, method, seed, {metric: round(value, 3) for metric, value in scored.items()}, study.seconds, flush=True)
+                done.run(Study(name, material, options.data.resolve(), options.work.resolve(), config, seed), method, options.work / "overlays")
     with pd.option_context("display.width", 250, "display.max_columns", None):
-        print(table(figures).to_string())
+        print(table(done.figures).to_string())
     if options.record:
-        print(record(figures, seconds, options.preset))
-    print(json.dumps(summary(figures)))
+        print(record(done, options.preset))
+    print(json.dumps(summary(done.figures)))
 
 
 if __name__ == "__main__":
