@@ -396,7 +396,7 @@ def _mean_length(study: Study, method: str, specimen: str, out: Path) -> float:
         grains = measure.regionprops(segmentation.clear_border(field))
         lengths += [grain.feret_diameter_max * (micrograph.pixel_size_um or np.nan) for grain in grains]
         out.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(out / f"{study.name}-{name}-{method}-{study.seed}.png", overlay(to_grey8(micrograph.image), labels))
+        iio.imwrite(out / f"{study.name}-{name}-{method}-{study.seed}.png", overlay(to_grey8(micrograph.image), labels, field=labels > 0))
     return float(np.mean(lengths))
 
 
@@ -449,7 +449,7 @@ def record(done: Done, preset: str) -> Path:
     path = RESULTS / f"real_micrographs_{preset}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"fields": {}, "made": {}, "refused": {}}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    made = {"command": "python -m benchmarks.real_micrographs " + " ".join(sys.argv[1:]), "commit": commit}
+    made = {"command": "python -m benchmarks.real_micrographs " + _without_places(sys.argv[1:]), "commit": commit}
     for name, methods in summary(done.figures)["fields"].items():
         kept["fields"].setdefault(name, {}).update(methods)
         for method in methods:
@@ -459,6 +459,12 @@ def record(done: Done, preset: str) -> Path:
     kept["machine"] = machine.describe()
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def _without_places(arguments: Sequence[str]) -> str:
+    """The command line but for the folders of this machine."""
+    places = [i for i, argument in enumerate(arguments) if argument in ("--work", "--data")]
+    return " ".join(argument for i, argument in enumerate(arguments) if i not in places and i - 1 not in places)
 
 
 def main() -> None:
