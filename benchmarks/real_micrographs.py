@@ -222,8 +222,8 @@ def _averaged(segmenter: Segmenter, symmetries: int, micrograph: Micrograph) -> 
     """Grains from maps averaged over symmetries of the square; of a micrograph without an info bar."""
     total, scale = segmenter.micrograph_maps(micrograph)
     for symmetry in range(1, symmetries):
-        turned = dihedral(np.ascontiguousarray(micrograph.image), symmetry)
-        maps, _ = segmenter.micrograph_maps(replace(micrograph, image=np.ascontiguousarray(turned)))
+        turned = replace(micrograph, image=np.ascontiguousarray(dihedral(micrograph.image, symmetry)))
+        maps, _ = segmenter.micrograph_maps(turned)
         back = maps[..., ::-1] if symmetry >= 4 else maps
         total = total + np.rot90(back, -symmetry % 4, axes=(-2, -1))
     return instances(total / symmetries, segmenter.cut, scale)

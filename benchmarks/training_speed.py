@@ -26,11 +26,11 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.simulate import _rounded, take_turns
-from graincast.compute import autocast, background_threads, memory_format, pick_device, seeded
+from graincast.compute import background_threads, memory_format, pick_device, seeded
 from graincast.config import Segmenter, Translator
 from graincast.errors import UserError
 from graincast.segment.network import build_network
-from graincast.segment.train import _batches, segmentation_loss
+from graincast.segment.train import _batches, training_step
 from graincast.store import tracking
 from graincast.synthesise.cyclegan.train import _crops, _Training
 
@@ -97,16 +97,7 @@ def segmenter_step(config: Segmenter, compiled: bool = False) -> Callable[[torch
     if compiled:
         network.compile()
 
-    def step(images: torch.Tensor, truth: torch.Tensor) -> float:
-        with autocast(device, config.precision):
-            logits = network(images.to(device, memory_format=torch.channels_last))
-        loss = segmentation_loss(logits.float(), truth.to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        return float(loss.detach())  # which waits for CUDA
-
-    return step
+    return partial(training_step, network, optimiser, device=device, precision=config.precision)
 
 
 def batches(config: Segmenter, threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -98,10 +98,10 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
             view = mixture.GRAIN_PX / grain_diameter_px
             seen = prepare(image / np.float32(255), view, mixture.CLAHE_CLIP, mixture.CLAHE_TILE_PX)
             members.append(mixture.Member.of(common["source"], seen, survey.grain_diameter_px * file_scale * view))
-        if missing := mixture.too_few(members, mixture.GRAIN_PX):
+        if missing := mixture.too_few(members):
             raise UserError(f"{folder}: {missing}")
         writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members)).to_dict()
-        writer.info["warnings"] = mixture.warnings(members, mixture.GRAIN_PX)
+        writer.info["warnings"] = mixture.warnings(members)
         writer.info["groups"] = [[member.name for member in group] for group in mixture.group_by_look(members)]
     for sentence in writer.info["warnings"]:
         logger.warning("graincast: warning: %s", sentence)  # now, while the trainings to come can still be spared

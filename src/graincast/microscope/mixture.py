@@ -170,7 +170,7 @@ def _profile(grey: np.ndarray, axis: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Member:
-    """A prepared micrograph as its folder's checks see it.
+    """A micrograph as its folder's checks see it, in the view that micrographs are compared in (`GRAIN_PX`).
 
     Attributes
     ----------
@@ -180,9 +180,9 @@ class Member:
     streaks : float
         See `streaks`.
     grain_diameter_px : float
-        As estimated without labels, px of the prepared micrograph; NaN: no grains could be made out.
+        As estimated without labels, px of the view; NaN: no grains could be made out.
     area_px : int
-        Of the prepared micrograph.
+        Of the view.
     """
 
     name: str
@@ -240,23 +240,21 @@ def _by_number(members: Sequence[Member], numbers: np.ndarray) -> list[list[Memb
     return sorted(groups, key=lambda group: (-len(group), min(member.name for member in group)))
 
 
-def too_few(members: Sequence[Member], grain_diameter_px: float) -> str | None:
+def too_few(members: Sequence[Member]) -> str | None:
     """What is missing where micrographs show less than the translator must (`FEWEST_GRAINS`) see; None: nothing."""
-    grains = _grains_in(members, grain_diameter_px)
+    grains = _grains_in(members)
     if not members or grains >= FEWEST_GRAINS:
         return None
     return f"{_amount(members, grains)}, too little to learn a look from: {FEWEST_GRAINS} are the least; {_remedy(members, grains)}"
 
 
-def warnings(members: Sequence[Member], grain_diameter_px: float) -> list[str]:
+def warnings(members: Sequence[Member]) -> list[str]:
     """What a microscopist should know before a model is trained on these micrographs.
 
     Parameters
     ----------
     members : sequence of Member
         The accepted micrographs of a folder.
-    grain_diameter_px : float
-        Grain diameter that they were brought to, px.
 
     Returns
     -------
@@ -267,8 +265,7 @@ def warnings(members: Sequence[Member], grain_diameter_px: float) -> list[str]:
         return []
     inverted = _polarities(members)
     others = [] if inverted else [m for m in members if m.streaks <= STREAKED]  # their looks differ for a reason that is told already
-    checks = (inverted, _looks(others), _sizes(members), _charged(members), _without_grains(members),
-              _few(members, grain_diameter_px))
+    checks = (inverted, _looks(others), _sizes(members), _charged(members), _without_grains(members), _few(members))
     return [sentence for sentence in checks if sentence]
 
 
@@ -316,13 +313,13 @@ def _without_grains(members: Sequence[Member]) -> str | None:
             "leaving out those that show none would be right")
 
 
-def _few(members: Sequence[Member], grain_diameter_px: float) -> str | None:
-    grains = _grains_in(members, grain_diameter_px)
+def _few(members: Sequence[Member]) -> str | None:
+    grains = _grains_in(members)
     return f"{_amount(members, grains)}, which is little to learn a look from; {_remedy(members, grains)}" if grains < ENOUGH_GRAINS else None
 
 
-def _grains_in(members: Sequence[Member], grain_diameter_px: float) -> float:
-    return sum(m.area_px for m in members) / (math.pi / 4 * grain_diameter_px**2)
+def _grains_in(members: Sequence[Member]) -> float:
+    return sum(m.area_px for m in members) / (math.pi / 4 * GRAIN_PX**2)
 
 
 def _amount(members: Sequence[Member], grains: float) -> str:

@@ -75,14 +75,8 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             network.train()
             losses = []
             for images, truth in _batches(training, config, rng, background_threads(device)):
-                with autocast(device, config.precision):
-                    logits = network(images.to(device, memory_format=torch.channels_last))
-                loss = segmentation_loss(logits.float(), truth.to(device))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
+                losses.append(training_step(network, optimiser, images, truth, device, config.precision))
                 schedule.step()
-                losses.append(float(loss.detach()))
             val_loss = _validation_loss(network, validation, device, config.precision)
             if not math.isfinite(val_loss):
                 raise UserError(f"the segmenter's loss is no longer finite in epoch {epoch}; a smaller segmenter.learning_rate would be right")
@@ -114,6 +108,18 @@ class _Best:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
+
+
+def training_step(network: torch.nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, truth: torch.Tensor,
+                  device: torch.device, precision: str) -> float:
+    """One step on a batch as `_batches` makes it; returns its loss."""
+    with autocast(device, precision):
+        logits = network(images.to(device, memory_format=torch.channels_last))
+    loss = segmentation_loss(logits.float(), truth.to(device))
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+    return float(loss.detach())
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
