@@ -1,6 +1,6 @@
 # Environment of this checkout: `source env.sh` (the Makefile does it too).
 #
-# Puts the virtual environment first on PATH, keeps every tool's state under .graincast/ of the checkout instead of
+# Puts bin/ and the virtual environment first on PATH, keeps the state of every tool under .graincast/ and not in
 # the home directory, and switches telemetry off. A variable that is already set wins, so
 #     export ZENML_STORE_URL=https://zenml.example.org ZENML_STORE_API_KEY=...
 #     export MLFLOW_TRACKING_URI=https://mlflow.example.org MLFLOW_TRACKING_TOKEN=...
@@ -21,9 +21,9 @@ if [ -n "${GRAINCAST_ROOT-}" ] && [ "$GRAINCAST_ROOT" != "$graincast_root" ]; th
         esac
     done
     case ":$PATH:" in
-        *":$GRAINCAST_ROOT/.venv/bin:"*)
+        *":$GRAINCAST_ROOT/bin:$GRAINCAST_ROOT/.venv/bin:"*)
             PATH=:$PATH:
-            PATH=${PATH%%":$GRAINCAST_ROOT/.venv/bin:"*}:${PATH#*":$GRAINCAST_ROOT/.venv/bin:"}
+            PATH=${PATH%%":$GRAINCAST_ROOT/bin:$GRAINCAST_ROOT/.venv/bin:"*}:${PATH#*":$GRAINCAST_ROOT/bin:$GRAINCAST_ROOT/.venv/bin:"}
             PATH=${PATH#:}
             PATH=${PATH%:}
             ;;
@@ -33,8 +33,8 @@ fi
 export GRAINCAST_ROOT="$graincast_root"
 
 case ":$PATH:" in
-    *":$graincast_root/.venv/bin:"*) ;;
-    *) PATH=$graincast_root/.venv/bin:$PATH ;;
+    *":$graincast_root/bin:$graincast_root/.venv/bin:"*) ;;
+    *) PATH=$graincast_root/bin:$graincast_root/.venv/bin:$PATH ;;
 esac
 export PATH
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import sqlite3
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +243,19 @@ def test_two_runs_at_once(checkout: Checkout, first_run):
     for process in processes:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
+
+
+def test_zenml_configuration_is_never_found_empty(tmp_path: Path):
+    """A loop of writers beside a reader: ZenML's own way of writing fails this within a few hundred rounds."""
+    write = runpy.run_path(str(ROOT / "bin" / "zenml"))["write_whole"]
+    file, content = tmp_path / "config.yaml", "key: value\n" * 20
+    write(str(file), content)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [write(str(file), content) for _ in range(3000)])
+        while not writing.done():
+            assert file.read_text() == content
+        writing.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize(("make", "message"), [
