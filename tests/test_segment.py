@@ -24,13 +24,14 @@ from graincast.compute import ahead
 from graincast.config import Augment, Segmenter, Simulate
 from graincast.errors import UserError
 from graincast.evaluate.metrics import score_labels
-from graincast.segment.augment import augmented_crop, imitate, texture
+from graincast.segment.augment import augmented_crop, imitate
 from graincast.segment.instances import Cut, instances
 from graincast.segment.network import DEPTH_PX, build_network, targets
 from graincast.segment.segmenter import HALO, TILE, predict_maps
 from graincast.segment.segmenter import Segmenter as TrainedSegmenter
 from graincast.segment.train import _batches, train_segmenter
 from graincast.simulate.structure import simulate_structure
+from graincast.surface import texture
 
 QUIET = Augment(warp=0, relief=0, tones=0, mottle=0, veins=0, specks=0, scratches=0, gamma=1, gain=0, offset=0, blur_px=0, noise=0,
                 line_noise=0, zoom=1)

@@ -170,6 +170,14 @@ class TestTraining:
         assert np.array_equal(loaded.to_sem(picture, labels, seed=5), image)
         assert not np.array_equal(loaded.to_sem(picture, labels, seed=6), image)
 
+    def test_every_copy_has_a_surface_of_its_own_and_boundaries_in_their_place(self, structure):
+        """Right after initialisation F is nearly the identity; without noise, copies differ by what it is shown."""
+        translator = train_cyclegan([structure], [structure[0]], SMALL.model_copy(update={"steps": 1, "learning_rate": 1e-9}))
+        translator.forward.noise_level.zero_()
+        copies = [translator.to_sem(*structure, seed=seed) for seed in range(4)]
+        assert all(np.abs(copies[0].astype(float) - copy).std() > 2 for copy in copies[1:])
+        assert all(label_fidelity(copy, structure[1]) > 0.6 for copy in copies)
+
     def test_images_smaller_than_a_crop_are_named(self, structure):
         with pytest.raises(UserError, match=r"micrographs \(20 x 30 px\).*crop of 32 px"):
             train_cyclegan([structure], [np.zeros((30, 20), np.uint8)], SMALL)

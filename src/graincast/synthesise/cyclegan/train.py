@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -15,10 +16,24 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from graincast.checkpoint import Checkpoint, RandomState, Stateful
-from graincast.compute import Log, autocast, dihedral, load_weights, memory_format, pick_device, random_crop, save_weights, seeded
+from graincast.checkpoint import Checkpoint, Stateful
+from graincast.compute import (
+    Log,
+    ahead,
+    autocast,
+    background_threads,
+    dihedral,
+    load_weights,
+    memory_format,
+    pick_device,
+    random_crop,
+    save_weights,
+    seeded,
+)
+from graincast.config import Augment
 from graincast.errors import UserError
 from graincast.microscope.quality import noise_level
+from graincast.surface import texture
 from graincast.synthesise.cyclegan.model import Discriminator, Generator
 from graincast.synthesise.tones import Morphology, Tones, match_tones
 
@@ -26,6 +41,9 @@ if TYPE_CHECKING:
     from graincast.config import Translator as TranslatorConfig
 
 WEIGHTS = "translator.safetensors"
+SURFACE = Augment(tones=0, veins=0, scratches=0)
+"""What F is shown on the grains, at random, so that it has something to make the micrographs' specks and mottle of; without,
+it draws the same rings and smudges in every grain. Lines are left out: F might take them for boundaries."""
 AVERAGING = 0.98
 """Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
 TEXTURE_PX = 3
@@ -64,8 +82,10 @@ class CycleGAN:
     @torch.no_grad()
     def to_sem(self, picture: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
         """See `graincast.synthesise.base.Synthesiser.to_sem`."""
-        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(picture.shape, np.float32))
-        padded, crop = _pad(torch.cat([_to_tensor([self.in_tones(picture, labels)]), noise[None, None]], dim=1))
+        rng = np.random.default_rng(seed)
+        noise = torch.from_numpy(rng.standard_normal(picture.shape, np.float32))
+        shown = _with_surface(self.in_tones(picture, labels), labels, rng)
+        padded, crop = _pad(torch.cat([_to_tensor([shown]), noise[None, None]], dim=1))
         padded = padded.to(next(self.forward.parameters()).device)
         return _to_uint8(self.forward.eval()(padded[:, :1], padded[:, 1:])[0, 0][crop])
 
@@ -124,19 +144,19 @@ def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.
         If no picture, or no micrograph, is as large as a crop.
     """
     micrographs = _large_enough(micrographs, config.crop, "micrographs", "translator.crop")
+    _large_enough([picture for picture, _ in morphologies], config.crop, "simulated pictures", "simulate.size")
     tones = match_tones(morphologies, micrographs, bright_boundaries)
-    pictures = _large_enough([tones.apply(*morphology) for morphology in morphologies], config.crop, "simulated pictures", "simulate.size")
+    shown = [(tones.apply(picture, labels), labels) for picture, labels in morphologies if min(picture.shape) >= config.crop]
     device = pick_device(config.device)
     with seeded(config.seed):
         training = _Training(config, device)
         training.set_noise(float(np.median([noise_level(image / np.float32(255)) for image in micrographs])))
-        rng = np.random.default_rng(config.seed)
         checkpoint = checkpoint or Checkpoint()
-        done = checkpoint.resume({**training.parts(), "crops": RandomState(rng)}, device, [config.model_dump(), *pictures, *micrographs], log)
-        for step in tqdm(range(done, config.steps), desc="translator", unit="step", initial=done, total=config.steps, disable=None):
-            sim = _crops(pictures, config, rng, symmetries=8).to(device, memory_format=memory_format(device))
-            # micrographs are not turned: shading, shadows and scan-line noise have a direction
-            sem = _crops(micrographs, config, rng, symmetries=1).to(device, memory_format=memory_format(device))
+        done = checkpoint.resume(training.parts(), device, [config.model_dump(), *itertools.chain(*shown), *micrographs], log)
+        batches = ahead(partial(_batch, shown, micrographs, config), range(done, config.steps), threads=background_threads(device))
+        progress = tqdm(batches, desc="translator", unit="step", initial=done, total=config.steps, disable=None)
+        for step, batch in enumerate(progress, done):
+            sim, sem = (crops.to(device, memory_format=memory_format(device)) for crops in batch)
             losses = training.step(sim, sem)
             if not np.isfinite(list(losses.values())).all():
                 raise UserError(f"the translator's losses are no longer finite at step {step}; a smaller translator.learning_rate would be right")
@@ -277,12 +297,29 @@ def _least_squares(net: nn.Module, real: torch.Tensor, fake: torch.Tensor) -> to
     return 0.5 * ((net(real).float() - 1).square().mean() + net(fake).float().square().mean())
 
 
-def _crops(images: Sequence[np.ndarray], config: TranslatorConfig, rng: np.random.Generator, symmetries: int) -> torch.Tensor:
-    # images are drawn in proportion to their area, so that every pixel is as likely as any other
+def _batch(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], config: TranslatorConfig,
+           step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops of simulated pictures, with a surface, and of micrographs; the seed and the step alone decide which."""
+    rng = np.random.default_rng([config.seed, step])
+    pictures = []
+    for i, window in _places([picture for picture, _ in morphologies], config, rng):
+        turn = int(rng.integers(8))
+        picture, labels = (dihedral(part[window], turn) for part in morphologies[i])
+        pictures.append(_with_surface(picture, labels, rng))
+    # micrographs are not turned: shading, shadows and scan-line noise have a direction
+    return _to_tensor(pictures), _to_tensor([micrographs[i][window] for i, window in _places(micrographs, config, rng)])
+
+
+def _places(images: Sequence[np.ndarray], config: TranslatorConfig, rng: np.random.Generator) -> list[tuple[int, tuple[slice, slice]]]:
+    """Which image and which window of it, for every crop of a batch; every pixel is as likely as any other."""
     areas = np.array([image.size for image in images], float)
     chosen = rng.choice(len(images), config.batch, p=areas / areas.sum())
-    crops = [images[i][random_crop(images[i], config.crop, rng)] for i in chosen]
-    return _to_tensor([dihedral(crop, int(rng.integers(symmetries))) for crop in crops])
+    return [(int(i), random_crop(images[i], config.crop, rng)) for i in chosen]
+
+
+def _with_surface(picture: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture with a random surface on its grains, float32 in [0, 255]."""
+    return np.clip(texture(picture.astype(np.float32), labels, SURFACE, rng), 0, 255)
 
 
 def _large_enough(images: Sequence[np.ndarray], crop: int, what: str, key: str) -> list[np.ndarray]:
