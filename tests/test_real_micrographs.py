@@ -50,6 +50,14 @@ def test_every_method_is_scored_and_drawn(study: Study, method: str, tmp_path: P
     assert method in table(done.figures).to_string()
 
 
+def test_the_ceiling_of_exact_masks_is_nearly_a_full_score(study: Study, tmp_path: Path) -> None:
+    done = Done()
+    done.run(study, "ceiling", tmp_path)
+    (scores,) = done.figures["field"]["ceiling"]
+    assert scores["ap50"] > 0.95
+    assert scores["bf1_4px"] > 0.99
+
+
 def test_trainings_are_made_once(study: Study) -> None:
     METHODS["ours"](study)
     made = {path: path.stat().st_mtime_ns for path in study.work.rglob("*.safetensors")}
