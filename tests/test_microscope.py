@@ -21,6 +21,7 @@ from skimage.morphology import h_minima
 
 from graincast.config import Ingest
 from graincast.errors import UserError
+from graincast.microscope.gaps import gap_mask, gap_width
 from graincast.microscope.info_bar import find_info_bar
 from graincast.microscope.ingest import ingest
 from graincast.microscope.preparation import Preparation, prepare, to_grey8
@@ -47,7 +48,8 @@ def grains(shape=(300, 300), diameter=30.0, seed=0, contrast="grooves", noise=0.
     rows, columns = np.mgrid[:shape[0], :shape[1]]
     distances, owners = cKDTree(seeds).query(np.stack([rows, columns], -1).reshape(-1, 2), k=2)
     line = np.exp(-(np.diff(distances)[:, 0] / (0.09 * diameter + 1)) ** 2).reshape(shape)
-    grey = {"grooves": 0.6 - 0.3 * line, "bright": 0.3 + 0.3 * line,
+    gap = (np.diff(distances)[:, 0] < 0.3 * diameter).reshape(shape)
+    grey = {"grooves": 0.6 - 0.3 * line, "bright": 0.3 + 0.3 * line, "gaps": 0.8 - gap * (0.6 - 0.1 * rng.standard_normal(shape)),
             "channelling": 0.5 + 0.12 * rng.standard_normal(count)[owners[:, 0]].reshape(shape)}[contrast]
     image = ndi.gaussian_filter(grey, 1) + noise * rng.standard_normal(shape)
     inside = ((seeds >= 0) & (seeds < shape)).all(1).sum()
@@ -311,6 +313,29 @@ def test_grain_diameter_without_labels(contrast, tolerance, diameter):
     assert estimate_grain_diameter(image) == pytest.approx(truth, rel=tolerance)
 
 
+@pytest.mark.parametrize("diameter", [45, 70])
+def test_gaps_are_no_grains(diameter):
+    image, truth = grains((400, 400), diameter, contrast="gaps")
+    assert estimate_grain_diameter(image) == pytest.approx(truth, rel=0.2)
+
+
+@pytest.mark.parametrize(("contrast", "width"), [("gaps", 0.3), ("grooves", 0), ("channelling", 0)])
+def test_gap_width_is_told_from_the_image(contrast, width):
+    image, truth = grains((400, 400), 45, contrast=contrast)
+    assert gap_width([image], truth) == pytest.approx(width, abs=0.1)
+    assert gap_width([40 + 100 * image], truth) == pytest.approx(gap_width([image], truth), abs=0.01)
+    assert gap_width([1 - image], truth) == 0
+
+
+def test_gaps_are_masked():
+    image, truth = grains((300, 300), 45, contrast="gaps", noise=0)
+    dark = ndi.gaussian_filter(image, 2) < 0.5
+    masked = gap_mask(image, truth)
+    assert masked.shape == image.shape
+    assert (masked & dark).sum() > 0.85 * dark.sum()
+    assert (masked & ~dark).sum() < 0.1 * dark.sum()
+
+
 def test_basins_are_those_of_scikit_image():
     for seed in range(4):
         relief = ndi.gaussian_filter(np.random.default_rng(seed).random((80, 70)), 1.5)
@@ -318,7 +343,7 @@ def test_basins_are_those_of_scikit_image():
         order = np.argsort(relief, axis=None, kind="stable")
         for depth in (10, 100, 300):
             expected = label(h_minima(relief.astype(int), depth + 1)).max()
-            assert _count_deep_minima(relief, order, depth) == expected
+            assert _count_deep_minima(relief, order, depth, np.ones(relief.size, bool)) == expected
 
 
 @pytest.mark.parametrize("sigma", [0, 1, 3])
