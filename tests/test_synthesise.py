@@ -12,6 +12,8 @@ from torch import nn
 
 from graincast.config import Simulate, Synthesise, Translator
 from graincast.errors import UserError
+from graincast.labels import fill_lines
+from graincast.microscope.gaps import gap_width
 from graincast.simulate.structure import simulate_structure
 from graincast.store.imageset import ImageSet, ImageSetWriter
 from graincast.synthesise.cyclegan.model import Generator
@@ -19,7 +21,7 @@ from graincast.synthesise.cyclegan.train import CycleGAN, _inversion, _Pool, _sm
 from graincast.synthesise.fidelity import TOLERANCE_PX, label_fidelity
 from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
-from graincast.synthesise.tones import SPREADS, match_tones, spread_tones, tone_share
+from graincast.synthesise.tones import SPREADS, match_tones, narrow, spread_tones, tone_share, widen
 
 SMALL = Translator(steps=3, batch=2, crop=32, filters=4, residual_blocks=1, device="cpu")
 
@@ -110,6 +112,60 @@ class TestTones:
                 ranks = np.sort(abs(bright - np.array([(picture < grey).mean(), (picture <= grey).mean()])))
                 low, high = np.quantile(smooth, ranks)
                 assert low - 4 <= tones.curve[grey] <= high + 4
+
+
+class TestWidth:
+    """Boundaries as wide as the micrographs'."""
+
+    @pytest.fixture(scope="class")
+    def etched(self) -> tuple[np.ndarray, np.ndarray]:
+        return simulate_structure(Simulate(size=256, grains=40, steps=300, grey_spread=0), 0)
+
+    def test_wider_boundaries_are_measured_as_wider(self, etched):
+        diameter = np.sqrt(4 / np.pi * 256**2 / 40)
+        widths = [gap_width([widen(*etched, width)], diameter) for width in (0, 8, 12, 18)]
+        assert widths[0] == 0
+        assert widths == sorted(widths)
+        assert widths[1] < widths[-1]
+
+    @pytest.mark.parametrize("width", [0, 8, 12])
+    @pytest.mark.parametrize("bright", [False, True])
+    def test_the_width_of_another_structure_is_found(self, etched, width, bright):
+        other = widen(*simulate_structure(Simulate(size=256, grains=40, steps=300, grey_spread=0, seed=7), 0), width)
+        found = match_tones([etched], [255 - other if bright else other], bright).width
+        assert found == pytest.approx(width, rel=0.35)
+
+    def test_the_line_lies_in_the_middle_of_a_gap_of_varying_width(self, etched):
+        picture, labels = etched
+        gap = widen(picture, labels, 12) < np.median(picture) - 20
+        assert gap.mean() > 2 * (picture < np.median(picture) - 20).mean()
+        dense = fill_lines(labels)
+        shares = [(gap & (dense == grain)).sum() / (dense == grain).sum() for grain in range(1, labels.max() + 1)]
+        assert np.std(shares) > 0.05
+        # over all boundaries a shift to any side takes as much from the gap as one to the opposite side
+        edges = ndi.gaussian_filter(gap.astype(float), 1)
+        for axis in (0, 1):
+            ahead, behind = (edges[np.roll(labels == 0, shift, axis)].mean() for shift in (4, -4))
+            assert ahead == pytest.approx(behind, abs=0.05)
+
+    def test_as_it_is(self, etched):
+        picture, labels = etched
+        assert widen(picture, labels, 0) is picture
+        assert np.array_equal(widen(picture, labels, 9), widen(picture, labels, 9))
+        assert widen(picture, np.ones_like(labels), 9) is picture
+
+    def test_a_faded_boundary_stays_faded(self, etched):
+        faded = np.full_like(etched[0], 120)
+        assert np.array_equal(widen(faded, etched[1], 9), faded)
+
+    def test_fidelity_sees_gaps_where_they_are(self, etched):
+        picture, labels = widen(*etched, 9), etched[1]
+        kept = [label_fidelity(np.roll(picture, (s, s), (0, 1)), labels, lambda values, ids: narrow(values, ids, 9)) for s in (0, 2, 4)]
+        assert kept == sorted(kept, reverse=True)
+        assert kept[0] > 0.7
+        assert kept[-1] < 0.1
+        noise = np.random.default_rng(0).integers(0, 255, picture.shape).astype(np.uint8)
+        assert label_fidelity(noise, labels, lambda values, ids: narrow(values, ids, 9)) < 0.2
 
 
 class TestNetworks:
@@ -203,6 +259,9 @@ class Shifting:
 
     def in_tones(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return 255 - picture
+
+    def as_lines(self, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return values
 
     def save(self, folder: Path) -> None: ...
 

@@ -22,6 +22,11 @@ class Synthesiser(Protocol):
         """The morphology's picture itself, untranslated, in the micrographs' brightness and contrast; uint8 of its shape."""
         ...
 
+    def as_lines(self, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """A map (height, width) of what was drawn, with boundaries that are drawn as wide gaps closed to lines, so that their
+        place can be compared with that of the labels."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write everything `load` needs into an existing folder."""
         ...

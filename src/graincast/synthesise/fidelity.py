@@ -7,6 +7,8 @@ labels in its texture gains nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import ndimage as ndi
 from skimage import feature, segmentation
@@ -21,13 +23,19 @@ DERIVATIVE_PX, INTEGRATION_PX = 1.0, 2.0
 """Standard deviations of the Gaussian derivatives and of the window their energy is gathered over, px."""
 
 
-def boundary_evidence(image: np.ndarray) -> np.ndarray:
+AsLines = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Closes boundaries drawn as wide gaps in a map of an image, given its labels (`graincast.synthesise.base.Synthesiser.as_lines`)."""
+
+
+def boundary_evidence(image: np.ndarray, labels: np.ndarray | None = None, as_lines: AsLines | None = None) -> np.ndarray:
     """Strength of boundary-like structure, whatever its kind: groove, bright line or step between two tones.
 
     Parameters
     ----------
     image : ndarray
         (height, width), uint8 or float.
+    labels, as_lines : ndarray and callable, optional
+        Instance ids, and what closes gaps, where the image has any.
 
     Returns
     -------
@@ -36,10 +44,12 @@ def boundary_evidence(image: np.ndarray) -> np.ndarray:
         Bigun & Granlund 1987). The window merges the two flanks of a line into one maximum on its centre.
     """
     energy = ndi.gaussian_gradient_magnitude(image.astype(np.float32), DERIVATIVE_PX) ** 2
+    if labels is not None and as_lines is not None:
+        energy = as_lines(energy, labels)
     return ndi.gaussian_filter(energy, INTEGRATION_PX)
 
 
-def label_fidelity(image: np.ndarray, labels: np.ndarray) -> float:
+def label_fidelity(image: np.ndarray, labels: np.ndarray, as_lines: AsLines | None = None) -> float:
     """Fraction of boundary pixels whose strongest evidence lies within `TOLERANCE_PX` of the label, above chance.
 
     Parameters
@@ -48,6 +58,8 @@ def label_fidelity(image: np.ndarray, labels: np.ndarray) -> float:
         The translated image, uint8 (height, width).
     labels : ndarray
         Instance ids, int (height, width); 0 = boundary.
+    as_lines : callable, optional
+        Closes gaps, where boundaries were drawn as such: only their flanks show, and neither lies at the label.
 
     Returns
     -------
@@ -63,7 +75,7 @@ def label_fidelity(image: np.ndarray, labels: np.ndarray) -> float:
     normal = _normals(line)[:, rows, columns]
     offsets = np.arange(-REACH_PX, REACH_PX + 1)
     points = np.stack([rows, columns])[:, :, None] + normal[:, :, None] * offsets
-    profiles = ndi.map_coordinates(boundary_evidence(image), points, order=1, mode="nearest")
+    profiles = ndi.map_coordinates(boundary_evidence(image, labels, as_lines), points, order=1, mode="nearest")
     kept = np.mean(np.abs(offsets[profiles.argmax(axis=1)]) <= TOLERANCE_PX)
     return float((kept - CHANCE) / (1 - CHANCE))
 

@@ -60,7 +60,7 @@ def synthesise(morphologies: ImageSet, synthesiser: Synthesiser, config: Synthes
             for copy in range(config.copies):
                 seed = int(np.random.SeedSequence([config.seed, index, copy]).generate_state(1)[0])
                 image = synthesiser.to_sem(picture, labels, seed)
-                fidelity = label_fidelity(image, labels)
+                fidelity = label_fidelity(image, labels, synthesiser.as_lines)
                 known = {"id": f"{row['id']}-{copy}", "morphology": row["id"], "look": TRANSLATED, "copy": copy, "fidelity": fidelity}
                 if fidelity >= config.min_fidelity:
                     writer.add(image, labels=labels, seed=seed, **known)

@@ -1,11 +1,13 @@
-"""Grey levels that make simulated pictures like the micrographs before anything is trained, told without labels.
+"""Width of boundaries and grey levels that make simulated pictures like the micrographs before anything is trained, told
+without labels.
 
-Two things are matched: how much grains differ from one another in tone (channelling, orientation and composition give
-tones, etched boundaries alone give none), and the histogram.
+Three things are matched: how wide boundaries are (deep etching makes gaps of them), how much grains differ from one
+another in tone (channelling, orientation and composition give tones, etched boundaries alone give none), and the histogram.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from scipy import ndimage as ndi
 from skimage import transform
 
 from graincast.labels import fill_lines
+from graincast.microscope.gaps import WIDE, gap_width
 
 Morphology = tuple[np.ndarray, np.ndarray]
 """Picture, uint8, and instance ids, int32, both (height, width)."""
@@ -26,6 +29,16 @@ BACKGROUND_GRAINS = 1.5
 """Standard deviation of the Gaussian that makes the background, in grain diameters."""
 SPREADS = np.array([0, 0.25, 0.5, 0.75, 1, 1.5, 2])
 """Multiples of the simulated spread of tones that are tried."""
+WIDTHS = np.array([0, 0.07, 0.13, 0.2, 0.3, 0.4])
+"""Widenings that are tried, in grain diameters."""
+VARIATION, VARIATION_GRAINS = 0.5, 0.45
+"""Standard deviation of the logarithm of the width along the specimen, and its correlation length in grain diameters."""
+ROUNDING = 0.15
+"""Standard deviation of the Gaussian that rounds the corners of grains, in widths of the gap."""
+FLANK_PX = 1.5
+"""Distance over which a simulated groove rises half way to the grain, px."""
+LEAST_GRAIN = 0.4
+"""Share of a grain's inner radius that gaps leave of it."""
 MOST_IMAGES = 24
 """Pictures, and micrographs, that are looked at."""
 
@@ -36,18 +49,21 @@ class Tones:
 
     Attributes
     ----------
+    width : float
+        Mean width by which boundaries are widened, px; 0 leaves them as they are.
     spread : float
         Factor on the differences in tone between grains, 0 to 2.
     curve : ndarray
         uint8 (256,): grey level in which each grey level is shown after that; monotone, falling where boundaries are bright.
     """
 
+    width: float
     spread: float
     curve: np.ndarray
 
     def apply(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The morphology's picture, uint8 (height, width), in these tones."""
-        return self.curve[spread_tones(picture, labels, self.spread)]
+        return self.curve[widen(spread_tones(picture, labels, self.spread), labels, self.width)]
 
 
 def match_tones(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], bright_boundaries: bool) -> Tones:
@@ -67,12 +83,27 @@ def match_tones(morphologies: Sequence[Morphology], micrographs: Sequence[np.nda
     -------
     Tones
     """
-    some = morphologies[:MOST_IMAGES]
-    diameter = float(np.mean([np.sqrt(4 / np.pi * labels.size / max(labels.max(), 1)) for _, labels in some]))
-    wanted = float(np.median([tone_share(image, diameter) for image in micrographs[:MOST_IMAGES]]))
-    shares = [np.mean([tone_share(spread_tones(*morphology, spread), diameter) for morphology in some[:4]]) for spread in SPREADS]
+    some, shown = morphologies[:4], micrographs[:: -(-len(micrographs) // MOST_IMAGES)]
+    diameter = float(np.mean([_diameter(labels) for _, labels in morphologies[:MOST_IMAGES]]))
+    width = _matched_width(some, [255 - image for image in shown] if bright_boundaries else shown, diameter)
+
+    def drawn(morphology: Morphology, spread: float) -> np.ndarray:
+        return widen(spread_tones(*morphology, spread), morphology[1], width)
+
+    wanted = float(np.median([tone_share(image, diameter) for image in shown]))
+    shares = [np.mean([tone_share(drawn(morphology, spread), diameter) for morphology in some]) for spread in SPREADS]
     spread = float(np.interp(wanted, np.maximum.accumulate(shares), SPREADS))
-    return Tones(spread, _curve([spread_tones(*morphology, spread) for morphology in morphologies], micrographs, bright_boundaries))
+    return Tones(width, spread, _curve([drawn(morphology, spread) for morphology in morphologies], micrographs, bright_boundaries))
+
+
+def _matched_width(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], diameter: float) -> float:
+    """Widening, px, that makes the boundaries of simulated pictures as wide as the dark ones of micrographs, if those are wide."""
+    wanted = gap_width(micrographs, diameter)
+    if wanted < WIDE:
+        return 0.0
+    plain = [(spread_tones(*morphology, 0), morphology[1]) for morphology in morphologies]  # tones would blur the measure
+    widths = [gap_width([widen(*morphology, width * diameter) for morphology in plain], diameter) for width in WIDTHS]
+    return float(diameter * np.interp(wanted, np.maximum.accumulate(widths), WIDTHS))
 
 
 def tone_share(image: np.ndarray, grain_diameter_px: float) -> float:
@@ -122,6 +153,81 @@ def spread_tones(picture: np.ndarray, labels: np.ndarray, factor: float) -> np.n
     # between two grains the gain goes over from one to the other as the picture does
     smooth = ndi.gaussian_filter(gain[fill_lines(labels)], 1.0)
     return np.rint(np.clip(picture * smooth, 0, 255)).astype(np.uint8)
+
+
+def widen(picture: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
+    """Make gaps of the boundaries of a picture; the labels' lines stay in the middle of them.
+
+    Parameters
+    ----------
+    picture, labels : ndarray
+        A `Morphology`.
+    width : float
+        Mean width that is added, px. It varies smoothly along the specimen, drawn by a seed from `labels`, and is less
+        beside small grains.
+
+    Returns
+    -------
+    ndarray
+        uint8, of the picture's shape. A gap is as dark as its boundary was, so that faded ones stay faded.
+    """
+    if not width or labels.all() or not labels.any():
+        return picture
+    gaps = _gaps(labels, width)
+    beyond = ndi.gaussian_filter(gaps.distance - gaps.half_width, ROUNDING * width)
+    line = labels == 0
+    bottomed = np.where(line, _along(line, ndi.grey_erosion(picture, (3, 3))), picture)
+    return np.rint(gaps.sampled(bottomed, np.maximum(beyond, 0))).astype(np.uint8)
+
+
+def narrow(values: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
+    """Close the gaps that `widen` makes to lines again, in a map (height, width) of a picture that has such gaps."""
+    if not width or labels.all() or not labels.any():
+        return values
+    gaps = _gaps(labels, width)
+    # beside the line comes the flank; the way from there to the middle of the grain is stretched over the grain
+    flank = np.minimum(gaps.half_width + FLANK_PX, gaps.radius)
+    onwards = np.clip((gaps.distance - 1) / np.maximum(gaps.radius - 1, 1), 0, 1)
+    return gaps.sampled(values, np.minimum(gaps.distance, 1) * flank + (gaps.radius - flank) * onwards)
+
+
+@dataclass(frozen=True)
+class _Gaps:
+    """Distance from each pixel to the nearest line, place of that, (2, height, width), half the gap's width there, and the inner
+    radius of the pixel's grain, px."""
+
+    distance: np.ndarray
+    line: np.ndarray
+    half_width: np.ndarray
+    radius: np.ndarray
+
+    def sampled(self, picture: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """Each pixel's value taken from where, on its way from the line, the line is `distance` away."""
+        ratio = distance / np.maximum(self.distance, 1)
+        places = self.line + (np.indices(picture.shape) - self.line) * ratio
+        return ndi.map_coordinates(picture, places, order=1, mode="nearest")
+
+
+def _gaps(labels: np.ndarray, width: float) -> _Gaps:
+    line, diameter = labels == 0, _diameter(labels)
+    distance, nearest = ndi.distance_transform_edt(~line, return_indices=True)
+    filled = fill_lines(labels)
+    radius = ndi.maximum(distance, filled, np.arange(filled.max() + 1))[filled]
+    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(labels).tobytes()))
+    field = ndi.gaussian_filter(rng.standard_normal(labels.shape), VARIATION_GRAINS * diameter, mode="reflect")
+    varied = np.exp(VARIATION * field / field.std() - VARIATION**2 / 2)
+    half = np.minimum(width / 2 * varied, (1 - LEAST_GRAIN) * ndi.minimum_filter(radius, 5))
+    return _Gaps(distance, nearest, _along(line, half)[tuple(nearest)], radius)
+
+
+def _along(line: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values smoothed along a line, over what junctions make jump."""
+    return ndi.gaussian_filter(values * line.astype(np.float32), 3.0) / np.maximum(ndi.gaussian_filter(line.astype(np.float32), 3.0), 1e-6)
+
+
+def _diameter(labels: np.ndarray) -> float:
+    """Diameter of the circle of mean grain area, px."""
+    return float(np.sqrt(4 / np.pi * labels.size / max(labels.max(), 1)))
 
 
 def _curve(pictures: Sequence[np.ndarray], micrographs: Sequence[np.ndarray], bright_boundaries: bool) -> np.ndarray:

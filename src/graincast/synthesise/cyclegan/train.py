@@ -35,7 +35,7 @@ from graincast.errors import UserError
 from graincast.microscope.quality import noise_level
 from graincast.surface import texture
 from graincast.synthesise.cyclegan.model import Discriminator, Generator
-from graincast.synthesise.tones import Morphology, Tones, match_tones
+from graincast.synthesise.tones import Morphology, Tones, match_tones, narrow
 
 if TYPE_CHECKING:
     from graincast.config import Translator as TranslatorConfig
@@ -93,12 +93,16 @@ class CycleGAN:
         """See `graincast.synthesise.base.Synthesiser.in_tones`."""
         return self.tones.apply(picture, labels)
 
+    def as_lines(self, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """See `graincast.synthesise.base.Synthesiser.as_lines`."""
+        return narrow(values, labels, self.tones.width)
+
     def save(self, folder: Path) -> None:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
         weights = {f"{part}.{name}": value for part, net in (("forward", self.forward), ("backward", self.backward))
                    for name, value in net.state_dict().items()}
-        header = {"config": self.config, "tone_spread": self.tones.spread, "tone_curve": self.tones.curve.tolist(),
-                  "bright_boundaries": self.bright_boundaries, "parents": self.parents}
+        header = {"config": self.config, "boundary_width": self.tones.width, "tone_spread": self.tones.spread,
+                  "tone_curve": self.tones.curve.tolist(), "bright_boundaries": self.bright_boundaries, "parents": self.parents}
         save_weights(folder / WEIGHTS, weights, header)
 
     @classmethod
@@ -110,7 +114,7 @@ class CycleGAN:
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
-        tones = Tones(header["tone_spread"], np.array(header["tone_curve"], np.uint8))
+        tones = Tones(header["boundary_width"], header["tone_spread"], np.array(header["tone_curve"], np.uint8))
         return cls(nets["forward"], nets["backward"], tones, header["bright_boundaries"], config, header["parents"])
 
 
