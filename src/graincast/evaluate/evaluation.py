@@ -17,7 +17,7 @@ from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
 from graincast.evaluate.metrics import read_mask, score_grains
 from graincast.evaluate.overlay import overlay
-from graincast.evaluate.plausibility import Result, doubts
+from graincast.evaluate.plausibility import Result, doubts, has_gaps
 from graincast.evaluate.result import BASELINE, OURS, SYNTHETIC, Evaluation
 from graincast.measure.grains import measure_grains
 from graincast.microscope.preparation import to_grey8
@@ -87,11 +87,14 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, scored: Sequence[int], m
                 overlays[f"{name}: {scene.name}"] = overlay(scene.image, scene.found[OURS], scene.truth)
     grain_tables.append(_sizes("simulated truth", [(str(id_), synthetic.labels(i), None) for i, id_ in enumerate(synthetic.rows["id"])]))
     found, results = [], []
-    for i, row in enumerate(tqdm(micrographs.rows.to_dict("records"), desc="measure micrographs", unit="image", disable=None)):
+    rows = micrographs.rows.to_dict("records")
+    diameters = [row.get("grain_diameter_px", np.nan) * row.get("scale", np.nan) for row in rows]
+    gaps = has_gaps((micrographs.image(i) for i in range(len(rows))), diameters)
+    for i, (row, diameter) in enumerate(zip(tqdm(rows, desc="measure micrographs", unit="image", disable=None), diameters, strict=True)):
         image = micrographs.image(i)
         labels = segmenter.segment(image)
         found.append((str(row["id"]), labels, None if pd.isna(row["pixel_size_um"]) else float(row["pixel_size_um"])))
-        results.append(Result.of(image, labels, row.get("grain_diameter_px", np.nan) * row.get("scale", np.nan)))
+        results.append(Result.of(image, labels, diameter, gaps=gaps))
         if len(found) <= config.overlays:
             overlays[f"micrograph without truth: {row['id']}"] = overlay(image, labels)
     grain_tables.append(_sizes("micrographs", found))

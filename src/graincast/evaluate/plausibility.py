@@ -9,13 +9,14 @@ the mean grain about as large as the image alone says it is?
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage as ndi
 from skimage.segmentation import find_boundaries
 
+from graincast.microscope.gaps import WIDE, gap_mask, gap_width
 from graincast.microscope.mixture import has_bright_boundaries
 from graincast.synthesise.fidelity import label_fidelity
 
@@ -42,7 +43,8 @@ class Result:
     grains : int
         Number of grains.
     fidelity : float
-        `label_fidelity` of its boundaries; NaN for a single grain.
+        `label_fidelity` of its boundaries, or where boundaries are wide gaps, the share of them that lies in gaps, above
+        chance; NaN for a single grain.
     size_ratio : float
         Diameter of the circle of mean grain area over that estimated without labels; NaN where there is no estimate.
     right_polarity : bool or None
@@ -55,11 +57,50 @@ class Result:
     right_polarity: bool | None
 
     @classmethod
-    def of(cls, image: np.ndarray, labels: np.ndarray, expected_diameter_px: float) -> Result:
-        """Judge a prepared micrograph, uint8 (height, width), by its instance ids and the diameter its grains should have, px."""
+    def of(cls, image: np.ndarray, labels: np.ndarray, expected_diameter_px: float, *, gaps: bool = False) -> Result:
+        """Judge a prepared micrograph.
+
+        Parameters
+        ----------
+        image, labels : ndarray
+            The micrograph, uint8 (height, width), and the instance ids found in it.
+        expected_diameter_px : float
+            The diameter that its grains should have, px; NaN where nobody knows.
+        gaps : bool
+            Whether boundaries are wide gaps in micrographs of this kind (`has_gaps`).
+        """
         grains = int(np.unique(labels[labels > 0]).size)
         diameter = math.sqrt(4 * labels.size / (math.pi * max(grains, 1)))
-        return cls(grains, label_fidelity(image, labels), diameter / expected_diameter_px, _right_polarity(image, labels))
+        fidelity = _share_in_gaps(image, labels, expected_diameter_px) if gaps else label_fidelity(image, labels)
+        return cls(grains, fidelity, diameter / expected_diameter_px, _right_polarity(image, labels))
+
+
+def has_gaps(images: Iterable[np.ndarray], diameters_px: Sequence[float]) -> bool:
+    """Whether the boundaries of most of these micrographs are wide gaps.
+
+    Parameters
+    ----------
+    images : iterable of ndarray
+        Prepared micrographs, uint8 (height, width).
+    diameters_px : sequence of float
+        About how large the grains of each are, px; NaN where nobody knows.
+    """
+    widths = [gap_width([_dark(image)], diameter) for image, diameter in zip(images, diameters_px, strict=True) if math.isfinite(diameter)]
+    return bool(widths) and float(np.median(widths)) >= WIDE
+
+
+def _share_in_gaps(image: np.ndarray, labels: np.ndarray, expected_diameter_px: float) -> float:
+    """How much of the boundaries found lies in the image's gaps, above chance: of gaps, the flanks alone show as change."""
+    line = find_boundaries(labels, mode="thick")
+    if not line.any() or not math.isfinite(expected_diameter_px):
+        return math.nan
+    gap = gap_mask(_dark(image), expected_diameter_px)
+    return float((gap[line].mean() - gap.mean()) / (1 - gap.mean()))
+
+
+def _dark(image: np.ndarray) -> np.ndarray:
+    """The image, or its negative where its thin lines are bright."""
+    return 255 - image if has_bright_boundaries(image) else image
 
 
 def _right_polarity(image: np.ndarray, labels: np.ndarray) -> bool | None:
