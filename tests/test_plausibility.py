@@ -10,7 +10,7 @@ from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 from skimage.segmentation import find_boundaries
 
-from graincast.evaluate.plausibility import Result, doubts
+from graincast.evaluate.plausibility import Result, doubts, has_gaps
 
 SIZE, GRAINS = 256, 60
 DIAMETER = math.sqrt(4 * SIZE**2 / (math.pi * GRAINS))
@@ -73,3 +73,26 @@ def test_grains_of_the_wrong_size_are_told(count, word):
 def test_micrographs_that_could_not_be_sized_do_not_count_against_it():
     image = micrograph(voronoi(0))
     assert doubts([Result.of(image, voronoi(0), math.nan)]) == []
+
+
+def etched(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Dark gaps, a quarter of a grain wide, between bright grains, with noise."""
+    gap = ndi.distance_transform_edt(~find_boundaries(labels, mode="thick")) < DIAMETER / 8
+    grey = ndi.gaussian_filter(np.where(gap, 50.0, 190.0), 1.0)
+    return np.clip(grey + 8 * np.random.default_rng(seed).standard_normal(labels.shape), 0, 255).astype(np.uint8)
+
+
+def test_boundaries_that_are_gaps_are_asked_of_the_gaps():
+    truth = [voronoi(seed) for seed in range(3)]
+    images = [etched(labels, seed) for seed, labels in enumerate(truth)]
+    assert has_gaps(images, [DIAMETER] * 3)
+    assert doubts([Result.of(image, labels, DIAMETER, gaps=True) for image, labels in zip(images, truth, strict=True)]) == []
+    others = [Result.of(image, voronoi(seed + 7), DIAMETER, gaps=True) for seed, image in enumerate(images)]
+    assert any("do not lie where the images change" in sentence for sentence in doubts(others))
+
+
+def test_grooves_are_no_gaps():
+    images = [micrograph(voronoi(seed), seed) for seed in range(3)]
+    assert not has_gaps(images, [DIAMETER] * 3)
+    assert not has_gaps([255 - image for image in images], [DIAMETER] * 3)
+    assert not has_gaps([etched(voronoi(0))], [math.nan])

@@ -67,7 +67,7 @@ class Result:
         expected_diameter_px : float
             The diameter that its grains should have, px; NaN where nobody knows.
         gaps : bool
-            Whether boundaries are wide gaps in micrographs of this kind (`has_gaps`).
+            Whether boundaries are wide dark gaps in micrographs of this kind (`has_gaps`).
         """
         grains = int(np.unique(labels[labels > 0]).size)
         diameter = math.sqrt(4 * labels.size / (math.pi * max(grains, 1)))
@@ -76,7 +76,7 @@ class Result:
 
 
 def has_gaps(images: Iterable[np.ndarray], diameters_px: Sequence[float]) -> bool:
-    """Whether the boundaries of most of these micrographs are wide gaps.
+    """Whether the boundaries of most of these micrographs are wide dark gaps.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def has_gaps(images: Iterable[np.ndarray], diameters_px: Sequence[float]) -> boo
     diameters_px : sequence of float
         About how large the grains of each are, px; NaN where nobody knows.
     """
-    widths = [gap_width([_dark(image)], diameter) for image, diameter in zip(images, diameters_px, strict=True) if math.isfinite(diameter)]
+    widths = [gap_width([image], diameter) for image, diameter in zip(images, diameters_px, strict=True) if math.isfinite(diameter)]
     return bool(widths) and float(np.median(widths)) >= WIDE
 
 
@@ -94,13 +94,8 @@ def _share_in_gaps(image: np.ndarray, labels: np.ndarray, expected_diameter_px: 
     line = find_boundaries(labels, mode="thick")
     if not line.any() or not math.isfinite(expected_diameter_px):
         return math.nan
-    gap = gap_mask(_dark(image), expected_diameter_px)
+    gap = gap_mask(image, expected_diameter_px)
     return float((gap[line].mean() - gap.mean()) / (1 - gap.mean()))
-
-
-def _dark(image: np.ndarray) -> np.ndarray:
-    """The image, or its negative where its thin lines are bright."""
-    return 255 - image if has_bright_boundaries(image) else image
 
 
 def _right_polarity(image: np.ndarray, labels: np.ndarray) -> bool | None:
