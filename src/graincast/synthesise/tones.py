@@ -16,7 +16,7 @@ from scipy import ndimage as ndi
 from skimage import transform
 
 from graincast.labels import fill_lines
-from graincast.microscope.gaps import gap_width
+from graincast.microscope.gaps import WIDE, gap_width
 
 Morphology = tuple[np.ndarray, np.ndarray]
 """Picture, uint8, and instance ids, int32, both (height, width)."""
@@ -97,8 +97,10 @@ def match_tones(morphologies: Sequence[Morphology], micrographs: Sequence[np.nda
 
 
 def _matched_width(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], diameter: float) -> float:
-    """Widening, px, that makes the boundaries of simulated pictures as wide as the dark ones of micrographs; 0 where these are thinner."""
+    """Widening, px, that makes the boundaries of simulated pictures as wide as the dark ones of micrographs, if those are wide."""
     wanted = gap_width(micrographs, diameter)
+    if wanted < WIDE:
+        return 0.0
     plain = [(spread_tones(*morphology, 0), morphology[1]) for morphology in morphologies]  # tones would blur the measure
     widths = [gap_width([widen(*morphology, width * diameter) for morphology in plain], diameter) for width in WIDTHS]
     return float(diameter * np.interp(wanted, np.maximum.accumulate(widths), WIDTHS))
