@@ -48,7 +48,7 @@ from graincast.compute import dihedral, random_crop
 from graincast.config import Config, VirtualSem, load_config
 from graincast.errors import UserError
 from graincast.evaluate.baseline import local_threshold_segment
-from graincast.evaluate.metrics import read_mask, score_grains
+from graincast.evaluate.metrics import MIN_AREA_PX, read_mask, score_grains
 from graincast.evaluate.overlay import overlay
 from graincast.microscope.preparation import Preparation, to_grey8
 from graincast.microscope.reader import Micrograph, read_micrograph
@@ -334,7 +334,8 @@ def ceiling(study: Study) -> Predict:
     masks = {read_micrograph(image).image.tobytes(): truth(image) for image in find(study.data, study.material.test)}
 
     def predict(micrograph: Micrograph) -> np.ndarray:
-        grains = measure.label(~masks[micrograph.image.tobytes()], connectivity=1)
+        grains = morphology.remove_small_objects(measure.label(~masks[micrograph.image.tobytes()], connectivity=1), max_size=MIN_AREA_PX - 1)
+        grains = segmentation.relabel_sequential(grains)[0]
         depth = ndi.distance_transform_edt(grains > 0)
         deepest = np.concatenate([[np.inf], ndi.maximum(depth, grains, np.arange(1, grains.max() + 1))])[grains]
         cores = np.where(depth >= np.minimum(CORE_PX, CORE_SHARE * deepest), grains, 0)

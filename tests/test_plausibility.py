@@ -82,12 +82,14 @@ def etched(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.clip(grey + 8 * np.random.default_rng(seed).standard_normal(labels.shape), 0, 255).astype(np.uint8)
 
 
-def test_boundaries_that_are_gaps_are_asked_of_the_gaps():
+@pytest.mark.parametrize("bright", [False, True])
+def test_boundaries_that_are_gaps_are_asked_of_the_gaps(bright):
     truth = [voronoi(seed) for seed in range(3)]
-    images = [etched(labels, seed) for seed, labels in enumerate(truth)]
-    assert has_gaps(images, [DIAMETER] * 3)
-    assert doubts([Result.of(image, labels, DIAMETER, gaps=True) for image, labels in zip(images, truth, strict=True)]) == []
-    others = [Result.of(image, voronoi(seed + 7), DIAMETER, gaps=True) for seed, image in enumerate(images)]
+    dark = [etched(labels, seed) for seed, labels in enumerate(truth)]
+    images = [255 - image for image in dark] if bright else dark
+    assert has_gaps(dark, [DIAMETER] * 3)
+    assert doubts([Result.of(image, labels, DIAMETER, gaps=True, bright=bright) for image, labels in zip(images, truth, strict=True)]) == []
+    others = [Result.of(image, voronoi(seed + 7), DIAMETER, gaps=True, bright=bright) for seed, image in enumerate(images)]
     assert any("do not lie where the images change" in sentence for sentence in doubts(others))
 
 

@@ -54,7 +54,7 @@ def test_the_ceiling_of_exact_masks_is_nearly_a_full_score(study: Study, tmp_pat
     done = Done()
     done.run(study, "ceiling", tmp_path)
     (scores,) = done.figures["field"]["ceiling"]
-    assert scores["ap50"] > 0.95
+    assert scores["ap50"] == 1  # specks of the mask, which the scores drop, become no grains either
     assert scores["bf1_4px"] > 0.99
 
 

@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage as ndi
 from torch import nn
 
+from graincast.compute import load_weights, save_weights
 from graincast.config import Simulate, Synthesise, Translator
 from graincast.errors import UserError
 from graincast.labels import fill_lines
@@ -241,6 +242,14 @@ class TestTraining:
     def test_a_training_that_diverges_is_named(self, structure):
         with pytest.raises(UserError, match=r"no longer finite at step \d+; a smaller translator.learning_rate"):
             train_cyclegan([structure], [structure[0]], SMALL.model_copy(update={"learning_rate": 1e25, "steps": 20}))
+
+    def test_a_translator_of_an_earlier_version_is_named(self, translator, tmp_path):
+        translator.save(tmp_path)
+        weights, header = load_weights(tmp_path / "translator.safetensors", "translator")
+        del header["boundary_width"]
+        save_weights(tmp_path / "translator.safetensors", weights, header)
+        with pytest.raises(UserError, match=r"earlier graincast.*train it anew"):
+            CycleGAN.load(tmp_path)
 
     def test_missing_translator_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no translator"):

@@ -89,12 +89,13 @@ def evaluate(segmenter: Segmenter, synthetic: ImageSet, scored: Sequence[int], m
     found, results = [], []
     rows = micrographs.rows.to_dict("records")
     diameters = [row.get("grain_diameter_px", np.nan) * row.get("scale", np.nan) for row in rows]
-    gaps = has_gaps((micrographs.image(i) for i in range(len(rows))), diameters)
+    dark = (255 - micrographs.image(i) if bright_boundaries else micrographs.image(i) for i in range(len(rows)))
+    gaps = has_gaps(dark, diameters)
     for i, (row, diameter) in enumerate(zip(tqdm(rows, desc="measure micrographs", unit="image", disable=None), diameters, strict=True)):
         image = micrographs.image(i)
         labels = segmenter.segment(image)
         found.append((str(row["id"]), labels, None if pd.isna(row["pixel_size_um"]) else float(row["pixel_size_um"])))
-        results.append(Result.of(image, labels, diameter, gaps=gaps))
+        results.append(Result.of(image, labels, diameter, gaps=gaps, bright=bright_boundaries))
         if len(found) <= config.overlays:
             overlays[f"micrograph without truth: {row['id']}"] = overlay(image, labels)
     grain_tables.append(_sizes("micrographs", found))

@@ -44,7 +44,7 @@ class Result:
         Number of grains.
     fidelity : float
         `label_fidelity` of its boundaries, or where boundaries are wide gaps, the share of them that lies in gaps, above
-        chance; NaN for a single grain.
+        chance; NaN for a single grain, and for gaps between grains of unknown size.
     size_ratio : float
         Diameter of the circle of mean grain area over that estimated without labels; NaN where there is no estimate.
     right_polarity : bool or None
@@ -57,7 +57,7 @@ class Result:
     right_polarity: bool | None
 
     @classmethod
-    def of(cls, image: np.ndarray, labels: np.ndarray, expected_diameter_px: float, *, gaps: bool = False) -> Result:
+    def of(cls, image: np.ndarray, labels: np.ndarray, expected_diameter_px: float, *, gaps: bool = False, bright: bool = False) -> Result:
         """Judge a prepared micrograph.
 
         Parameters
@@ -67,21 +67,24 @@ class Result:
         expected_diameter_px : float
             The diameter that its grains should have, px; NaN where nobody knows.
         gaps : bool
-            Whether boundaries are wide dark gaps in micrographs of this kind (`has_gaps`).
+            Whether boundaries are wide gaps in micrographs of this kind (`has_gaps`).
+        bright : bool
+            Whether these gaps are brighter than the grains.
         """
         grains = int(np.unique(labels[labels > 0]).size)
         diameter = math.sqrt(4 * labels.size / (math.pi * max(grains, 1)))
-        fidelity = _share_in_gaps(image, labels, expected_diameter_px) if gaps else label_fidelity(image, labels)
+        dark = 255 - image if bright else image
+        fidelity = _share_in_gaps(dark, labels, expected_diameter_px) if gaps else label_fidelity(image, labels)
         return cls(grains, fidelity, diameter / expected_diameter_px, _right_polarity(image, labels))
 
 
 def has_gaps(images: Iterable[np.ndarray], diameters_px: Sequence[float]) -> bool:
-    """Whether the boundaries of most of these micrographs are wide dark gaps.
+    """Whether the boundaries of most of these micrographs are wide gaps.
 
     Parameters
     ----------
     images : iterable of ndarray
-        Prepared micrographs, uint8 (height, width).
+        Prepared micrographs, uint8 (height, width), turned to their negatives where boundaries are bright.
     diameters_px : sequence of float
         About how large the grains of each are, px; NaN where nobody knows.
     """

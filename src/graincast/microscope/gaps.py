@@ -45,7 +45,8 @@ def gap_width(images: Sequence[np.ndarray], grain_diameter_px: float) -> float:
     Returns
     -------
     float
-        0.1 to 0.6, the smallest for lines; 0 where narrow dark things do not outweigh narrow bright ones.
+        0.08 to 0.5, the smallest for lines; 0 where narrow dark things do not outweigh narrow bright ones, and where gaps are
+        wider still, so that grains are what is narrow.
     """
     gathered = np.mean([_gathered(_middle(_view(image, grain_diameter_px))) for image in images], axis=0)
     if gathered[SIZES_PX <= NARROW_GRAINS * GRAIN_PX].max() <= 0 or gathered.max() < LEAST_CONTRAST:

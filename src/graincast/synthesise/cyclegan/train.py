@@ -114,6 +114,8 @@ class CycleGAN:
         for part, net in nets.items():
             net.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")})
             net.eval()
+        if "boundary_width" not in header:
+            raise UserError(f"{folder} holds a translator of an earlier graincast, which drew grains without a surface; train it anew")
         tones = Tones(header["boundary_width"], header["tone_spread"], np.array(header["tone_curve"], np.uint8))
         return cls(nets["forward"], nets["backward"], tones, header["bright_boundaries"], config, header["parents"])
 
