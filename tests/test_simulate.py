@@ -268,18 +268,27 @@ def test_frames_have_to_rise(steps: list[int], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def heed_ctrl_c() -> None:
+    """A shell that starts the tests in the background has them, and what they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_leaves_no_half_written_set(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    process = subprocess.Popen([Path(sys.executable).with_name("graincast"), "simulate", "--out", out, "--structures", "100000"])
-    deadline = time.monotonic() + 200  # a first run compiles
-    while not list(tmp_path.glob(f"{PARTIAL}*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(how)
-    assert process.wait(timeout=60) != 0
+    process = subprocess.Popen([Path(sys.executable).with_name("graincast"), "simulate", "--out", out, "--structures", "100000"],
+                               preexec_fn=heed_ctrl_c)
+    try:
+        deadline = time.monotonic() + 200  # a first run compiles
+        while not list(tmp_path.glob(f"{PARTIAL}*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(how)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
     assert not out.exists()
     if how == signal.SIGINT:  # nothing at all is left where the process could tidy up
         assert not list(tmp_path.iterdir())
