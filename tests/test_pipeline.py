@@ -40,11 +40,6 @@ PIPELINE = "pipelines.training.training_pipeline"
 pytestmark = pytest.mark.slow
 
 
-def heed_ctrl_c() -> None:
-    """A shell that starts the tests in the background has them, and what they start, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Checkout:
     """A copy of this checkout with state of its own; `run` starts commands in its environment."""
 
@@ -66,7 +61,7 @@ class Checkout:
 
     def start(self, command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(["bash", "-c", f". ./env.sh && {command}"], cwd=self.root, env=self.environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c)
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         process = self.start(command)

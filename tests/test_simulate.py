@@ -268,16 +268,10 @@ def test_frames_have_to_rise(steps: list[int], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def heed_ctrl_c() -> None:
-    """A shell that starts the tests in the background has them, and what they start, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_leaves_no_half_written_set(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    process = subprocess.Popen([Path(sys.executable).with_name("graincast"), "simulate", "--out", out, "--structures", "100000"],
-                               preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen([Path(sys.executable).with_name("graincast"), "simulate", "--out", out, "--structures", "100000"])
     try:
         deadline = time.monotonic() + 200  # a first run compiles
         while not list(tmp_path.glob(f"{PARTIAL}*")):

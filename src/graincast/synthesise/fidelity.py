@@ -27,15 +27,17 @@ AsLines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Closes boundaries drawn as wide gaps in a map of an image, given its labels (`graincast.synthesise.base.Synthesiser.as_lines`)."""
 
 
-def boundary_evidence(image: np.ndarray, labels: np.ndarray | None = None, as_lines: AsLines | None = None) -> np.ndarray:
+def boundary_evidence(image: np.ndarray, labels: np.ndarray, as_lines: AsLines | None = None) -> np.ndarray:
     """Strength of boundary-like structure, whatever its kind: groove, bright line or step between two tones.
 
     Parameters
     ----------
     image : ndarray
         (height, width), uint8 or float.
-    labels, as_lines : ndarray and callable, optional
-        Instance ids, and what closes gaps, where the image has any.
+    labels : ndarray
+        Its instance ids, int (height, width).
+    as_lines : callable, optional
+        Closes gaps, where boundaries were drawn as such.
 
     Returns
     -------
@@ -44,7 +46,7 @@ def boundary_evidence(image: np.ndarray, labels: np.ndarray | None = None, as_li
         Bigun & Granlund 1987). The window merges the two flanks of a line into one maximum on its centre.
     """
     energy = ndi.gaussian_gradient_magnitude(image.astype(np.float32), DERIVATIVE_PX) ** 2
-    if labels is not None and as_lines is not None:
+    if as_lines is not None:
         energy = as_lines(energy, labels)
     return ndi.gaussian_filter(energy, INTEGRATION_PX)
 
