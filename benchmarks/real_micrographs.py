@@ -209,16 +209,21 @@ def ours(study: Study, *, looks: Sequence[str] = (TRANSLATED, UNTRANSLATED), wit
     What follows is for the ablation: other looks in the training set, effects of the augmentation left out, another level
     of the merging of weak boundaries, and maps averaged over the first `symmetries` of the square's eight.
     """
+    trained = our_segmenter(study, looks=looks, without=without)
+    if merge_level is not None:
+        trained.cut = replace(trained.cut, merge_level=merge_level)
+    return trained.segment_micrograph if symmetries == 1 else partial(_averaged, trained, symmetries)
+
+
+def our_segmenter(study: Study, *, looks: Sequence[str] = (TRANSLATED, UNTRANSLATED), without: Sequence[str] = ()) -> Segmenter:
+    """The network behind `ours`."""
     sets = study.synthetic()
     choosing, _ = stages.halves(sets["validation"])
     rows = sets["training"].rows["look"]
     training = _pairs(sets["training"], [int(i) for i in np.flatnonzero(rows.isin(looks))])
     augment = study.config.segmenter.augment.model_copy(update=dict.fromkeys(without, 0.0))
-    trained = study.segmenter(training, _pairs(sets["validation"], choosing), sets["training"].digest, sets["validation"].digest,
-                              *(looks if len(looks) == 1 else ()), augment=augment, crops_per_image=_same_budget(study, len(training)))
-    if merge_level is not None:
-        trained.cut = replace(trained.cut, merge_level=merge_level)
-    return trained.segment_micrograph if symmetries == 1 else partial(_averaged, trained, symmetries)
+    return study.segmenter(training, _pairs(sets["validation"], choosing), sets["training"].digest, sets["validation"].digest,
+                           *(looks if len(looks) == 1 else ()), augment=augment, crops_per_image=_same_budget(study, len(training)))
 
 
 def _averaged(segmenter: Segmenter, symmetries: int, micrograph: Micrograph) -> np.ndarray:

@@ -436,7 +436,7 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     segmenters = []
     for level in (0.3, 0.6):
         network = build_network("Unet", "resnet18", None).eval()
-        segmenters.append(Segmenter(network, Cut(30, level), SegmenterConfig(precision="float32").model_dump()))
+        segmenters.append(Segmenter(network, Cut(30, rise=level), SegmenterConfig(precision="float32").model_dump()))
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
@@ -447,12 +447,12 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_references_find_their_segmenter(registered: tuple[Segmenter, np.ndarray]) -> None:
-    assert tracking.load_segmenter().cut.seed_level == 0.6, "the newest, while there is no champion"
+    assert tracking.load_segmenter().cut.rise == 0.6, "the newest, while there is no champion"
     mlflow.MlflowClient().set_registered_model_alias(tracking.MODEL, tracking.CHAMPION, 1)
     first, image = registered
     for reference in (None, "1", "champion", f"models:/{tracking.MODEL}/1"):
         loaded = tracking.load_segmenter(reference)
-        assert loaded.cut.seed_level == 0.3
+        assert loaded.cut.rise == 0.3
     np.testing.assert_array_equal(loaded.segment(image), first.segment(image))
     for reference in ("9", "nobody", "models:/other/1"):
         with pytest.raises(UserError, match=reference):

@@ -162,9 +162,8 @@ class TestWidth:
     def test_fidelity_sees_gaps_where_they_are(self, etched):
         picture, labels = widen(*etched, 9), etched[1]
         kept = [label_fidelity(np.roll(picture, (s, s), (0, 1)), labels, lambda values, ids: narrow(values, ids, 9)) for s in (0, 2, 4)]
-        assert kept == sorted(kept, reverse=True)
         assert kept[0] > 0.7
-        assert kept[-1] < 0.1
+        assert max(kept[1:]) < 0.1
         noise = np.random.default_rng(0).integers(0, 255, picture.shape).astype(np.uint8)
         assert label_fidelity(noise, labels, lambda values, ids: narrow(values, ids, 9)) < 0.2
 

@@ -17,6 +17,7 @@ from skimage import transform
 
 from graincast.labels import fill_lines
 from graincast.microscope.gaps import WIDE, gap_width
+from graincast.surface import smooth_field
 
 Morphology = tuple[np.ndarray, np.ndarray]
 """Picture, uint8, and instance ids, int32, both (height, width)."""
@@ -214,9 +215,8 @@ def _gaps(labels: np.ndarray, width: float) -> _Gaps:
     filled = fill_lines(labels)
     radius = ndi.maximum(distance, filled, np.arange(filled.max() + 1))[filled]
     rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(labels).tobytes()))
-    field = ndi.gaussian_filter(rng.standard_normal(labels.shape), VARIATION_GRAINS * diameter, mode="reflect")
-    varied = np.exp(VARIATION * field / field.std() - VARIATION**2 / 2)
-    half = np.minimum(width / 2 * varied, (1 - LEAST_GRAIN) * ndi.minimum_filter(radius, 5))
+    varied = np.exp(VARIATION * smooth_field(labels.shape, VARIATION_GRAINS * diameter, rng))
+    half = np.minimum(width / 2 * varied / varied.mean(), (1 - LEAST_GRAIN) * ndi.minimum_filter(radius, 5))
     return _Gaps(distance, nearest, _along(line, half)[tuple(nearest)], radius)
 
 
