@@ -29,7 +29,7 @@ from graincast.segment.segmenter import predict_maps
 FIELDS = ("perovskite_sem", "pure_iron_optical", "steel_316l_optical", "nbt_ceramic_sem")
 CROPS, SIDE = 4, 256
 """Crops drawn from each image, and their side, px."""
-SMOOTHINGS, RISES, MERGE_LEVELS = (0.0, 1.0, 2.0, 3.0), (0.03, 0.05, 0.1, 0.2, 0.3), (0.0, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+SMOOTHINGS, RISES, MERGE_LEVELS = (0.0, 2.0), (0.05, 0.1, 0.2), (0.3, 0.35, 0.4, 0.45, 0.5)
 CUTS = [Cut(0, *values) for values in itertools.product(SMOOTHINGS, RISES, MERGE_LEVELS)]
 
 

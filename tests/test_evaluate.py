@@ -708,6 +708,7 @@ def test_untextured_pictures_are_further_away_than_translated_ones(found: Realis
         assert figures[name]["synthetic_low"] < figures[name][SYNTHETIC] < figures[name]["synthetic_high"] < figures[name]["untextured_low"]
     assert abs(figures["ssim_nearest"][SYNTHETIC] - figures["ssim_nearest"][REAL]) < 0.05
     assert figures["label_fidelity"][UNTEXTURED] > 0.8
+    assert figures["label_fidelity"][SYNTHETIC] == pytest.approx(0.9), "as measured when the images were drawn"
 
 
 def test_realism_holds_all_that_is_drawn(found: Realism, run_sets: dict[str, ImageSet]) -> None:
@@ -751,14 +752,14 @@ def test_realism_comes_back_from_disk_and_out_the_same_twice(found: Realism, run
 
 def test_realism_of_one_image_a_set(real: list[np.ndarray], network: torch.nn.Module) -> None:
     image, labels = drawn_micrograph(30)
-    few = realism(real[:1], [image], [np.where(labels, 200, 60).astype(np.uint8)], [labels], network)
+    few = realism(real[:1], [image], [np.where(labels, 200, 60).astype(np.uint8)], [labels], [1.0], network)
     assert all(math.isfinite(value) for values in few.summary.values() for value in values.values())
     assert few.patches["ssim"].max() < 1  # a real patch is not its own neighbour
 
 
 def test_realism_refuses_sets_that_do_not_belong_together(real: list[np.ndarray], run_sets: dict[str, ImageSet], network: torch.nn.Module) -> None:
-    with pytest.raises(ValueError, match="a picture and labels of the same shape for each synthetic image"):
-        realism(real, real[:2], real[:1], real[:1], network)
+    with pytest.raises(ValueError, match="a picture, labels of the same shape and a label fidelity for each synthetic image"):
+        realism(real, real[:2], real[:1], real[:1], [1.0], network)
     with pytest.raises(ValueError, match="lacks the morphology s2"):
         set_realism(run_sets["micrographs"], run_sets["synthetic"], run_sets["micrographs"], network)
 

@@ -138,10 +138,11 @@ def set_realism(micrographs: ImageSet, synthetic: ImageSet, morphologies: ImageS
         raise ValueError(f"{morphologies.path} lacks the morphology {min(missing)} of {synthetic.path}")
     drawn_from = [place[name] for name in first["morphology"]]
     return realism(list(micrographs), [synthetic.image(int(i)) for i in first.index], [morphologies.image(i) for i in drawn_from],
-                   [morphologies.labels(i) for i in drawn_from], network)
+                   [morphologies.labels(i) for i in drawn_from], first["fidelity"].tolist(), network)
 
 
-def realism(real: Images, synthetic: Images, untextured: Images, labels: Images, network: torch.nn.Module, patch: int = 64, seed: int = 0) -> Realism:
+def realism(real: Images, synthetic: Images, untextured: Images, labels: Images, fidelity: Sequence[float], network: torch.nn.Module,
+            patch: int = 64, seed: int = 0) -> Realism:
     """Compare synthetic micrographs, and the simulated pictures they were drawn from, with real ones.
 
     Parameters
@@ -152,6 +153,9 @@ def realism(real: Images, synthetic: Images, untextured: Images, labels: Images,
     synthetic, untextured, labels : sequence of (H, W) ndarray
         Translated pictures, uint8, the pictures they were translated from, uint8, and their instance ids, int; image
         by image of one shape.
+    fidelity : sequence of float
+        `graincast.synthesise.fidelity.label_fidelity` of each synthetic image, measured when it was drawn: only then is it
+        known whether its boundaries were drawn as wide gaps.
     network : torch.nn.Module
         The trained segmenter's, whose encoder is asked.
     patch : int
@@ -172,15 +176,15 @@ def realism(real: Images, synthetic: Images, untextured: Images, labels: Images,
             ones, to the nearest in another image (another patch, where there is one image only). Good is what the
             real patches have among themselves, no more.
         ``label_fidelity``
-            Mean of `graincast.synthesise.fidelity.label_fidelity`; 1 = every boundary where the labels have it.
+            Mean of `fidelity`, and of the untextured pictures' own; 1 = every boundary where the labels have it.
 
     Raises
     ------
     ValueError
         As `cut_patches`, or if the synthetic images, pictures and labels do not belong together.
     """
-    if [(*image.shape,) for image in synthetic] != [picture.shape for picture in untextured] or len(labels) != len(synthetic):
-        raise ValueError("want a picture and labels of the same shape for each synthetic image")
+    if [(*image.shape,) for image in synthetic] != [picture.shape for picture in untextured] or {len(labels), len(fidelity)} != {len(synthetic)}:
+        raise ValueError("want a picture, labels of the same shape and a label fidelity for each synthetic image")
     rng = np.random.default_rng([seed, 1])
     sets = cut_patches({REAL: real, SYNTHETIC: synthetic, UNTEXTURED: untextured}, patch, seed)
     described = {name: describe(patches.grey) for name, patches in sets.items()}
@@ -196,10 +200,11 @@ def realism(real: Images, synthetic: Images, untextured: Images, labels: Images,
         figures += kernel_figures(f"{source}_kid", of_set, chosen, rng)
         table.loc[rows, [f"{source}_x", f"{source}_y"]] = tsne(np.concatenate(list(of_set.values())), seed)
 
-    fidelity = _fidelities({SYNTHETIC: synthetic, UNTEXTURED: untextured}, labels)
-    figures += _means("ssim_nearest", table, "ssim") + _means("label_fidelity", fidelity, "fidelity")
+    plain = [label_fidelity(picture, ids) for picture, ids in zip(untextured, labels, strict=True)]
+    kept = pd.DataFrame({"set": np.repeat([SYNTHETIC, UNTEXTURED], len(labels)), "fidelity": [*fidelity, *plain]})
+    figures += _means("ssim_nearest", table, "ssim") + _means("label_fidelity", kept, "fidelity")
     surfaces = _surfaces(chosen, features["encoder"], halves[0][embedded[REAL]])
-    return Realism(pd.DataFrame(figures), table, _curves(described, halves[0], sets[REAL].grey.shape[1]), fidelity, surfaces, notes)
+    return Realism(pd.DataFrame(figures), table, _curves(described, halves[0], sets[REAL].grey.shape[1]), kept, surfaces, notes)
 
 
 # Figures
@@ -393,11 +398,6 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 def _spread(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, EMBEDDED)).round().astype(int))
-
-
-def _fidelities(sets: Mapping[str, Images], labels: Images) -> pd.DataFrame:
-    return pd.DataFrame([{"set": name, "fidelity": label_fidelity(image, ids)}
-                         for name, images in sets.items() for image, ids in zip(images, labels, strict=True)])
 
 
 def _means(figure: str, table: pd.DataFrame, column: str) -> list[dict[str, Any]]:
