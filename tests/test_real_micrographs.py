@@ -7,12 +7,15 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import pandas as pd
 import pytest
 
+from benchmarks import cut
 from benchmarks import real_micrographs as study_module
 from benchmarks.real_micrographs import ABLATIONS, METHODS, METRICS, Done, Material, Study, find, summary, table
 from graincast.config import Config, Segmenter, Simulate, Synthesise, Translator, VirtualSession
 from graincast.microscope.virtual_sem import write_session
+from graincast.segment.instances import Cut
 
 TINY = Config(
     simulate=Simulate(size=128, grains=12, steps=100, translator_structures=2, synthetic_structures=2, validation_structures=2),
@@ -109,3 +112,13 @@ def test_patterns_name_ranges_and_leave_specimens_out(tmp_path: Path) -> None:
     assert [path.name for path in find(tmp_path, "field{02..03}_*.jpg")] == ["field02_1.jpg", "field03_1.jpg"]
     everything = Study("nbt", Material("*.tif", "", leave_one_out=True), tmp_path, tmp_path, TINY, 0)
     assert [path.name for path in find(tmp_path, everything.without("1").material.train)] == ["2_001.tif"]
+
+
+def test_cuts_are_chosen_without_a_micrograph_s_mask(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "truth", lambda image: pytest.fail(f"{image}'s mask was read"))
+    monkeypatch.setattr(cut, "CUTS", [Cut(0), Cut(0, merge_level=0.0)])
+    monkeypatch.setattr(cut, "SIDE", 96)
+    rows = pd.DataFrame(cut.scores(study))
+    assert len(rows) == 2 * cut.CROPS, "one image chooses, and every crop of it is cut both ways"
+    assert rows["ap50"].between(0, 1).all()
+    assert set(rows["merge_level"]) == {Cut(0).merge_level, 0.0}
