@@ -2,8 +2,8 @@
 
 For every field the segmenter of `benchmarks.real_micrographs` predicts the synthetic images that chose its epoch, imaged anew
 by the augmentation it was trained with: as unlike the training set as the micrographs may be. Every pair of a peak's rise and
-a merging level is scored (ap50), at several smoothings of the depth; no micrograph and no mask takes part. The defaults of
-`graincast.segment.instances.Cut` are the best of the last table. The last line is one JSON object.
+a merging level is scored (ap50); no micrograph and no mask takes part. The defaults of `graincast.segment.instances.Cut` are
+the best of the last table. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from graincast.segment.segmenter import predict_maps
 FIELDS = ("perovskite_sem", "pure_iron_optical", "steel_316l_optical", "nbt_ceramic_sem")
 CROPS, SIDE = 4, 256
 """Crops drawn from each image, and their side, px."""
-SMOOTHINGS, RISES, MERGE_LEVELS = (0.0, 2.0), (0.05, 0.1, 0.2), (0.3, 0.35, 0.4, 0.45, 0.5)
-CUTS = [Cut(0, *values) for values in itertools.product(SMOOTHINGS, RISES, MERGE_LEVELS)]
+RISES, MERGE_LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3), (0.0, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+CUTS = [Cut(0, *values) for values in itertools.product(RISES, MERGE_LEVELS)]
 
 
 def scores(study: Study) -> Iterator[dict[str, float | str]]:
@@ -59,10 +59,10 @@ def main() -> None:
     studies = [Study(name, MATERIALS[name], options.data.resolve(), options.work.resolve(), config, seed)
                for name in options.only for seed in range(options.seeds)]
     rows = pd.DataFrame([row for study in studies for row in scores(study)])
-    by_field = rows.groupby(["field", "smoothing_px", "rise", "merge_level"])["ap50"].mean()
+    by_field = rows.groupby(["field", "rise", "merge_level"])["ap50"].mean()
     for name in dict.fromkeys(rows["field"]):
         print(f"\n{name}: ap50\n{by_field[name].unstack().round(3).to_string()}")
-    mean = by_field.groupby(["smoothing_px", "rise", "merge_level"]).mean()
+    mean = by_field.groupby(["rise", "merge_level"]).mean()
     print(f"\nmean of the fields\n{mean.unstack().round(3).to_string()}")
     print(json.dumps({"best": dict(zip(mean.index.names, mean.idxmax(), strict=True)), "ap50": round(float(mean.max()), 4),
                       "ap50_of_the_defaults": round(float(mean[tuple(asdict(Cut(0)).values())[1:]]), 4)}))

@@ -12,8 +12,6 @@ from skimage.morphology import h_maxima
 
 SMALLEST_SHARE = 0.04
 """Grains smaller than this, as a share of the training grains' mean area, are given to their neighbours."""
-LEAST_PEAK = 0.25
-"""Depth that a peak must reach, so that no grain grows from a wide boundary."""
 BESIDE_PX = 3
 """Side of the window in which a boundary is looked for: the watershed's line may run beside the network's by a pixel."""
 
@@ -26,10 +24,8 @@ class Cut:
     ----------
     smallest_px : float
         Smaller grains are dissolved, px of the network's scale.
-    smoothing_px : float
-        Smoothing (standard deviation) of the depth before its peaks are sought, px of the network's scale.
     rise : float
-        A peak of the smoothed depth seeds a grain where it rises this far above every way to a higher one, 0 to 1
+        A peak of the depth seeds a grain where it rises this far above every way to a higher one, 0 to 1
         (the contour's dynamics, Grimaud 1992). So a line with a gap still parts two grains, where a fixed level of
         the depth would let their seeds flow together.
     merge_level : float
@@ -43,8 +39,7 @@ class Cut:
     """
 
     smallest_px: float
-    smoothing_px: float = 2.0
-    rise: float = 0.05
+    rise: float = 0.1
     merge_level: float = 0.4
 
 
@@ -66,8 +61,7 @@ def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:
         Instance ids 1..N, int32 (height, width), no zeros: the grains tile the image. All 1 where nothing seeds.
     """
     boundary, depth = maps
-    smooth = ndi.gaussian_filter(depth, cut.smoothing_px / scale)
-    seeds, count = ndi.label(h_maxima(smooth, cut.rise).astype(bool) & (smooth > LEAST_PEAK))
+    seeds, count = ndi.label(h_maxima(depth, cut.rise))
     if not count:
         return np.ones(boundary.shape, np.int32)
     landscape = boundary - depth

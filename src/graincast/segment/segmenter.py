@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -116,9 +116,11 @@ class Segmenter:
         Raises
         ------
         UserError
-            If there is no segmenter in it.
+            If there is no segmenter in it, or one of an earlier version.
         """
         weights, header = load_weights(Path(folder) / WEIGHTS, "segmenter")
+        if set(header["cut"]) != {field.name for field in fields(Cut)}:
+            raise UserError(f"{folder} holds a segmenter of an earlier graincast, which cut its maps into grains in another way; train it anew")
         config = header["config"]
         network = build_network(config["architecture"], config["encoder"], None)
         network.load_state_dict(weights)
@@ -127,12 +129,12 @@ class Segmenter:
         return segmenter
 
 
-def _preparation(fields: dict[str, Any] | None) -> Preparation | None:
-    if fields is None:
+def _preparation(values: dict[str, Any] | None) -> Preparation | None:
+    if values is None:
         return None
     from graincast.microscope.preparation import Preparation
 
-    return Preparation.from_dict(fields)
+    return Preparation.from_dict(values)
 
 
 @torch.no_grad()
