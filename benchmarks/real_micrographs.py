@@ -9,13 +9,13 @@ untextured    the same simulations as they are (the paper's second baseline)
 virtual_sem   the same simulations rendered by the virtual SEM with its default settings
 scarce        four patches of the field with the expert's labels (the paper's first baseline), cross-fitted: patches
               from one half of the field, scores from the other, and the other way round
-threshold     local threshold, its window and offset chosen with the masks in view, which flatters it
+threshold     local threshold, its window and offset chosen with the masks of the first two fields in view, which flatters it
 watershed     marker watershed
 ceiling       every grain of the expert's, outlined along what the image shows: no rival, but what a method that errs nowhere gets
 ============  ========================================================================================================
 
-No choice of ours looks at a mask: scale, polarity and tones come from the unlabelled images, the epoch from
-synthetic images. Masks are read by `truth` alone, which serves the scores, ``scarce`` and ``ceiling``.
+No choice of ours looks at a mask: scale, polarity and tones come from the unlabelled images, the epoch and the levels
+that cut maps into grains (`benchmarks.cut`) from synthetic images. Masks are read by `truth` alone, which serves the scores, ``scarce`` and ``ceiling``.
 
 Every training lies in ``--work`` under a digest of its configuration and code, so that an interrupted study goes on where it
 stopped. The last line is one JSON object: field, method, metric, mean and standard deviation over the seeds.

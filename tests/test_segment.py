@@ -137,13 +137,27 @@ class TestInstances:
     def test_a_boundary_with_a_gap_holds_and_a_few_dark_spots_do_not_make_one(self):
         labels = np.repeat([1, 2], 30)[None].repeat(60, 0)
         gap, spots = targets(labels), targets(labels)
-        gap[0, 25:35] = 0  # a gap of 10 px of 60
-        spots[0] *= (np.arange(60) % 6 == 0)[:, None]  # a spot every 6 px
-        assert instances(gap, replace(CUT, merge_level=0.7)).max() == 2
-        assert instances(spots, replace(CUT, merge_level=0.7)).max() == 1
+        gap[0, 20:40] = 0  # a gap of 20 px of 60
+        spots[0] *= (np.arange(60) % 10 == 0)[:, None]  # a spot every 10 px
+        assert instances(gap, Cut(30)).max() == 2
+        assert instances(spots, Cut(30)).max() == 1
+
+    def test_a_flat_noisy_peak_is_one_grain(self):
+        labels = np.kron(np.arange(1, 10).reshape(3, 3), np.ones((30, 30), np.int32))
+        line, depth = targets(labels)
+        noise = np.random.default_rng(0).normal(0, 0.01, depth.shape)
+        for uneven in (np.minimum(depth + noise, 1), np.rint(256 * (depth + noise)) / 256):
+            assert instances(np.stack([line, uneven.astype(np.float32)]), replace(CUT, smallest_px=0)).max() == 9
+
+    def test_maps_that_are_not_finite_are_refused(self):
+        maps = targets(np.kron([[1, 2]], np.ones((20, 20), np.int32)))
+        maps[1, 3, 3] = np.nan
+        with pytest.raises(UserError, match="not finite"):
+            instances(maps, CUT)
 
     def test_nothing_seeds(self):
-        assert (instances(np.zeros((2, 9, 9), np.float32), CUT) == 1).all()
+        for depth in (0, 0.5, 1):
+            assert (instances(np.stack([np.zeros((9, 9)), np.full((9, 9), depth)]).astype(np.float32), CUT) == 1).all()
 
 
 class TestAugmentation:

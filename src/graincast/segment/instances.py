@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 from scipy import ndimage as ndi
 from skimage import graph, segmentation
-from skimage.morphology import h_maxima
+from skimage.morphology import local_maxima, reconstruction
+
+from graincast.errors import UserError
 
 SMALLEST_SHARE = 0.04
 """Grains smaller than this, as a share of the training grains' mean area, are given to their neighbours."""
 BESIDE_PX = 3
-"""Side of the window in which a boundary is looked for: the watershed's line may run beside the network's by a pixel."""
+"""Side of the window whose highest boundary probability counts: the watershed's line may run beside the network's by a pixel."""
+EIGHT = np.ones((3, 3), bool)
+"""All eight neighbours of a pixel."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,10 @@ class Cut:
     rise : float
         A peak of the depth seeds a grain where it rises this far above every way to a higher one, 0 to 1
         (the contour's dynamics, Grimaud 1992). So a line with a gap still parts two grains, where a fixed level of
-        the depth would let their seeds flow together.
+        the depth would let their seeds flow together. Above 0.
     merge_level : float
-        Neighbours are one grain where the mean boundary probability between them lies below this, 0 to 1. The mean makes
-        a boundary with gaps hold and a false one of a few dark spots go.
+        Neighbours are one grain where the mean, along the line between them, of the highest boundary probability within a
+        pixel lies below this, 0 to 1. The mean makes a boundary with gaps hold and a false one of a few dark spots go.
 
     Notes
     -----
@@ -51,7 +55,7 @@ def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:
     maps : ndarray
         (2, height, width), float in [0, 1]: boundary probability and depth (`graincast.segment.network.targets`).
     cut : Cut
-        Levels and smallest grain.
+        Rise, level and smallest grain.
     scale : float
         Pixels of the network's scale per pixel of `maps`.
 
@@ -59,9 +63,16 @@ def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:
     -------
     ndarray
         Instance ids 1..N, int32 (height, width), no zeros: the grains tile the image. All 1 where nothing seeds.
+
+    Raises
+    ------
+    UserError
+        If a map is not finite, as that of damaged weights may be.
     """
+    if not np.isfinite(maps).all():
+        raise UserError("the network's maps are not finite: its weights are damaged; an undamaged copy, or training anew, would be right")
     boundary, depth = maps
-    seeds, count = ndi.label(h_maxima(depth, cut.rise))
+    seeds, count = _peaks(depth, cut.rise)
     if not count:
         return np.ones(boundary.shape, np.int32)
     landscape = boundary - depth
@@ -73,11 +84,22 @@ def instances(maps: np.ndarray, cut: Cut, scale: float = 1.0) -> np.ndarray:
     return segmentation.relabel_sequential(grains)[0].astype(np.int32)
 
 
-def _merge_weak(grains: np.ndarray, evidence: np.ndarray, level: float) -> np.ndarray:
-    """Merge neighbours, those with the weakest boundary first, until every boundary's mean evidence reaches `level`."""
+def _peaks(depth: np.ndarray, rise: float) -> tuple[np.ndarray, int]:
+    """Number each peak that rises by more than `rise`, with its surroundings down to that much below it, and count them.
+
+    Not skimage's `h_maxima`, which keeps the highest pixels of a peak alone: those of a flat, noisy one are many and apart.
+    """
+    if float(np.ptp(depth)) <= rise:
+        return np.zeros(depth.shape, np.int32), 0
+    lowered = reconstruction(depth - rise, depth, method="dilation", footprint=EIGHT)
+    return ndi.label(local_maxima(lowered, connectivity=2), EIGHT)
+
+
+def _merge_weak(grains: np.ndarray, boundary: np.ndarray, level: float) -> np.ndarray:
+    """Merge neighbours, those with the weakest boundary first, until every boundary's mean probability reaches `level`."""
     if grains.max() < 2:
         return grains
-    neighbours = graph.rag_boundary(grains, evidence.astype(np.float64), connectivity=1)
+    neighbours = graph.rag_boundary(grains, boundary.astype(np.float64), connectivity=1)
     return 1 + graph.merge_hierarchical(grains, neighbours, level, rag_copy=False, in_place_merge=True,
                                         merge_func=lambda *_: None, weight_func=_joint_boundary)
 

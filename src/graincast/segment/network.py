@@ -48,7 +48,7 @@ def targets(labels: np.ndarray) -> np.ndarray:
     -------
     ndarray
         (2, height, width), float32 in [0, 1]: the boundary line, 2 px wide whatever the width of the zeros, and the
-        depth min(distance to the line / `DEPTH_PX`, 1), whose high ground seeds the watershed.
+        depth min(distance to the line / `DEPTH_PX`, 1), whose peaks seed the watershed.
     """
     dense = fill_lines(labels)
     line = segmentation.find_boundaries(dense, mode="thick")

@@ -164,8 +164,8 @@ def widen(picture: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
     picture, labels : ndarray
         A `Morphology`.
     width : float
-        Mean width that is added, px. It varies smoothly along the specimen, drawn by a seed from `labels`, and is less
-        beside small grains.
+        Width that is added, px, on average over the image. It varies smoothly along the specimen, drawn by a seed from
+        `labels`, and is less beside small grains.
 
     Returns
     -------
