@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.real_micrographs import MATERIALS, PRESETS, ROOT, Study, our_segmenter
+from benchmarks import machine
+from benchmarks.real_micrographs import MATERIALS, PRESETS, RESULTS, ROOT, Study, our_segmenter
 from graincast import stages
 from graincast.config import Augment, load_config
 from graincast.evaluate.metrics import score_grains
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each field with other random numbers throughout")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the micrographs")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study", help="where the trainings of the study are kept")
+    parser.add_argument("--record", action="store_true", help="keep the figures under benchmarks/results")
     options = parser.parse_args()
     config = load_config(ROOT / "configs" / f"{PRESETS['cpu']}.yaml")
     studies = [Study(name, MATERIALS[name], options.data.resolve(), options.work.resolve(), config, seed)
@@ -64,8 +67,15 @@ def main() -> None:
         print(f"\n{name}: ap50\n{by_field[name].unstack().round(3).to_string()}")
     mean = by_field.groupby(["rise", "merge_level"]).mean()
     print(f"\nmean of the fields\n{mean.unstack().round(3).to_string()}")
-    print(json.dumps({"best": dict(zip(mean.index.names, mean.idxmax(), strict=True)), "ap50": round(float(mean.max()), 4),
-                      "ap50_of_the_defaults": round(float(mean[tuple(asdict(Cut(0)).values())[1:]]), 4)}))
+    found = {"best": dict(zip(mean.index.names, mean.idxmax(), strict=True)), "ap50": round(float(mean.max()), 4),
+             "ap50_of_the_defaults": round(float(mean[tuple(asdict(Cut(0)).values())[1:]]), 4)}
+    if options.record:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        rows_of = [{**dict(zip(mean.index.names, place, strict=True)), "ap50": round(float(value), 4)} for place, value in mean.items()]
+        (RESULTS / "cut.json").write_text(json.dumps({
+            "command": f"python -m benchmarks.cut --record --seeds {options.seeds}", "fields": options.only, "commit": commit,
+            "machine": machine.describe(), **found, "mean_of_the_fields": rows_of}, indent=1) + "\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ ceiling       every grain of the expert's, outlined along what the image shows: 
 ============  ========================================================================================================
 
 No choice of ours looks at a mask: scale, polarity and tones come from the unlabelled images, the epoch and the levels
-that cut maps into grains (`benchmarks.cut`) from synthetic images. Masks are read by `truth` alone, which serves the scores, ``scarce`` and ``ceiling``.
+that cut maps into grains (`benchmarks.cut`) from synthetic images. Masks are read by `truth` alone, which serves the
+scores, ``scarce`` and ``ceiling``.
 
 Every training lies in ``--work`` under a digest of its configuration and code, so that an interrupted study goes on where it
 stopped. The last line is one JSON object: field, method, metric, mean and standard deviation over the seeds.

@@ -25,14 +25,15 @@ PREPARATION = Preparation(target_pixel_size_um=0.05, scale=1.0, grain_diameter_p
 
 
 class DarkLines(torch.nn.Module):
-    """The simplest segmenter there is: what is darker than the mean is a boundary."""
+    """The simplest segmenter there is: what is darker than the mean is a boundary; noise is averaged out, as any trained network does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gain = torch.nn.Parameter(torch.tensor(4.0))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.gain * torch.cat([-image - 0.5, image], dim=1)
+        smooth = torch.nn.functional.avg_pool2d(image, 5, stride=1, padding=2)
+        return self.gain * torch.cat([-smooth - 0.5, smooth], dim=1)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_twelve_bits_in_sixteen_are_segmented_and_shown_like_eight(segmenter: Se
     eight, twelve = segment_files(segmenter, [tmp_path / "in"], tmp_path / "out")
     assert eight.summary is not None
     assert twelve.summary is not None
-    assert abs(twelve.summary["grains"] - eight.summary["grains"]) <= 1  # they are rounded differently
+    assert twelve.summary["grains"] == eight.summary["grains"] == 16
     pictures = [iio.imread(tmp_path / "out" / f"{name}_overlay.png").astype(int) for name in ("eight", "twelve")]
     assert np.abs(pictures[0] - pictures[1]).mean() < 2
     assert pictures[1].max() > 200

@@ -418,7 +418,8 @@ def test_metrics_cover_the_projects_own_scores() -> None:
 def test_every_realism_figure_is_explained(inputs: ReportInputs, tmp_path: Path) -> None:
     with ImageSetWriter(tmp_path / "synthetic", "synthetic") as writer:
         for k in (0, 2):
-            writer.add(inputs.synthetic.image(k), id=f"{k}", labels=inputs.synthetic.labels(k), look="translated", morphology=f"s{2 * k - k // 2}")
+            writer.add(inputs.synthetic.image(k), id=f"{k}", labels=inputs.synthetic.labels(k), look="translated", fidelity=0.9,
+                       morphology=f"s{2 * k - k // 2}")
     found = set_realism(inputs.micrographs, writer.result, inputs.morphologies, build_network("Unet", "resnet18", None).eval())
     assert set(found.summary) | {"vgg16_kid"} == set(REALISM)
 
