@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from graincast.evaluate.metrics import score_grains
 from graincast.segment.augment import augmented_crop
 from graincast.segment.instances import Cut, instances
 from graincast.segment.segmenter import predict_maps
+from graincast.store import tracking
 
 FIELDS = ("perovskite_sem", "pure_iron_optical", "steel_316l_optical", "nbt_ceramic_sem")
 CROPS, SIDE = 4, 256
@@ -35,7 +35,7 @@ RISES, MERGE_LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3), (0.0, 0.2, 0.3, 0.35, 0
 CUTS = [Cut(0, *values) for values in itertools.product(RISES, MERGE_LEVELS)]
 
 
-def scores(study: Study) -> Iterator[dict[str, float | str]]:
+def scores(study: Study, cuts: Sequence[Cut]) -> Iterator[dict[str, float | str]]:
     """A row a crop and cut: ap50."""
     segmenter = our_segmenter(study)
     validation = study.synthetic()["validation"]
@@ -44,7 +44,7 @@ def scores(study: Study) -> Iterator[dict[str, float | str]]:
     for index, _ in itertools.product(stages.halves(validation)[0], range(CROPS)):
         image, labels = augmented_crop(validation.image(index), validation.labels(index), SIDE, augment, rng)
         maps = predict_maps(segmenter.network, image, segmenter.config["precision"])
-        for cut in CUTS:
+        for cut in cuts:
             found = instances(maps, replace(cut, smallest_px=segmenter.cut.smallest_px))
             yield {"field": study.name, **asdict(cut), "ap50": score_grains(found, labels == 0)["ap50"]}
 
@@ -61,7 +61,7 @@ def main() -> None:
     config = load_config(ROOT / "configs" / f"{PRESETS['cpu']}.yaml")
     studies = [Study(name, MATERIALS[name], options.data.resolve(), options.work.resolve(), config, seed)
                for name in options.only for seed in range(options.seeds)]
-    rows = pd.DataFrame([row for study in studies for row in scores(study)])
+    rows = pd.DataFrame([row for study in studies for row in scores(study, CUTS)])
     by_field = rows.groupby(["field", "rise", "merge_level"])["ap50"].mean()
     for name in dict.fromkeys(rows["field"]):
         print(f"\n{name}: ap50\n{by_field[name].unstack().round(3).to_string()}")
@@ -70,10 +70,9 @@ def main() -> None:
     found = {"best": dict(zip(mean.index.names, mean.idxmax(), strict=True)), "ap50": round(float(mean.max()), 4),
              "ap50_of_the_defaults": round(float(mean[tuple(asdict(Cut(0)).values())[1:]]), 4)}
     if options.record:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         rows_of = [{**dict(zip(mean.index.names, place, strict=True)), "ap50": round(float(value), 4)} for place, value in mean.items()]
         (RESULTS / "cut.json").write_text(json.dumps({
-            "command": f"python -m benchmarks.cut --record --seeds {options.seeds}", "fields": options.only, "commit": commit,
+            "command": f"python -m benchmarks.cut --record --seeds {options.seeds}", "fields": options.only, "commit": tracking.git_commit(ROOT),
             "machine": machine.describe(), **found, "mean_of_the_fields": rows_of}, indent=1) + "\n")
     print(json.dumps(found))
 

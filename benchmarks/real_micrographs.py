@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -57,6 +56,7 @@ from graincast.microscope.virtual_sem import render
 from graincast.segment.instances import instances
 from graincast.segment.segmenter import Segmenter
 from graincast.segment.train import Pair, train_segmenter
+from graincast.store import tracking
 from graincast.store.imageset import ImageSet, whole_folder
 from graincast.synthesise.generate import TRANSLATED, UNTRANSLATED
 from graincast.synthesise.polarity import boundaries_are_bright
@@ -317,7 +317,7 @@ def _pairs(images: ImageSet, indices: Sequence[int]) -> list[Pair]:
 
 
 def threshold(study: Study) -> Predict:
-    """The classical baseline of the product, with the settings that do best on the masks."""
+    """The classical baseline of the product, with the settings that do best on the masks of iron and perovskite."""
     return lambda micrograph: local_threshold_segment(_dark_lines(micrograph))
 
 
@@ -476,8 +476,7 @@ def record(done: Done, preset: str) -> Path:
     """Keep the figures under ``benchmarks/results/``, those of fields and methods that this run left out as they were."""
     path = RESULTS / f"real_micrographs_{preset}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"fields": {}, "made": {}, "refused": {}}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    made = {"command": "python -m benchmarks.real_micrographs " + _without_places(sys.argv[1:]), "commit": commit}
+    made = {"command": "python -m benchmarks.real_micrographs " + _without_places(sys.argv[1:]), "commit": tracking.git_commit(ROOT)}
     for name, methods in summary(done.figures)["fields"].items():
         kept["fields"].setdefault(name, {}).update(methods)
         for method in methods:

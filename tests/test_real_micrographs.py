@@ -115,10 +115,8 @@ def test_patterns_name_ranges_and_leave_specimens_out(tmp_path: Path) -> None:
 
 
 def test_cuts_are_chosen_without_a_micrograph_s_mask(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_module, "truth", lambda image: pytest.fail(f"{image}'s mask was read"))
-    monkeypatch.setattr(cut, "CUTS", [Cut(0), Cut(0, merge_level=0.0)])
-    monkeypatch.setattr(cut, "SIDE", 96)
-    rows = pd.DataFrame(cut.scores(study))
+    monkeypatch.setattr(study_module, "read_mask", lambda path: pytest.fail(f"{path} was read"))
+    rows = pd.DataFrame(cut.scores(study, [Cut(0), Cut(0, merge_level=0.0)]))
     assert len(rows) == 2 * cut.CROPS, "one image chooses, and every crop of it is cut both ways"
     assert rows["ap50"].between(0, 1).all()
     assert set(rows["merge_level"]) == {Cut(0).merge_level, 0.0}

@@ -38,8 +38,7 @@ class Cut:
 
     Notes
     -----
-    The defaults are what ``python -m benchmarks.cut`` finds best on synthetic images imaged anew by the augmentation;
-    plain synthetic images are cut alike by any of them.
+    The defaults are what ``python -m benchmarks.cut`` finds best on synthetic images imaged anew by the augmentation.
     """
 
     smallest_px: float
