@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
-import jinja2
 import numpy as np
 import pandas as pd
 import yaml
@@ -38,55 +33,13 @@ from graincast.report.findings import (
     unit_label,
 )
 from graincast.report.inputs import ReportInputs
+from graincast.report.page import MANY, TIMES, Picture, Table, data_address, embedded, number, render, text
 from graincast.store.imageset import ImageSet
 
 PACKAGES = ("graincast", "numpy", "scipy", "numba", "scikit-image", "torch", "segmentation-models-pytorch",
             "zenml", "mlflow", "dvc", "great-expectations", "evidently")
 STANDARD_COLUMNS = frozenset({"id", "session", "source", "pixel_size_um", "seed", "height", "width",
                               "checksum"})
-MANY = 12
-"""Rows above which a table is folded away."""
-UNKNOWN, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text cells; the first cell of a row is its header.
-
-    Attributes
-    ----------
-    caption : str
-        What the table holds.
-    head : sequence of str
-        Column headers.
-    rows : sequence of sequence of str
-        Cells.
-    numeric : frozenset of int
-        Columns set flush right.
-    best : frozenset of (int, int)
-        Cells (row, column) set bold.
-    folded : bool
-        Whether it is closed until a reader opens it.
-    """
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numeric: frozenset[int] = frozenset()
-    best: frozenset[tuple[int, int]] = frozenset()
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An embedded image: data address, size in CSS px, alternative text, caption; charts follow dark mode."""
-
-    source: str
-    width: int
-    height: int
-    alt: str
-    caption: str
-    chart: bool = False
 
 
 def write_report(inputs: ReportInputs, folder: Path) -> None:
@@ -118,9 +71,8 @@ def build_report(inputs: ReportInputs) -> str:
 
 
 def _render(inputs: ReportInputs, drawn: Mapping[str, Figure], encoded: Mapping[str, bytes]) -> str:
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("graincast", "report"), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=inputs.title,
         virtual=inputs.virtual,
         micrograph=inputs.micrograph,
@@ -174,7 +126,7 @@ def _pictures(inputs: ReportInputs, drawn: Mapping[str, Figure], encoded: Mappin
     pictures = {}
     for name, figure in drawn.items():
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        source = _data_address(encoded[name])
+        source = data_address(encoded[name])
         pictures[name] = Picture(source, width, height, *captions[name], chart=name != "images")
     return pictures
 
@@ -225,12 +177,7 @@ def _captions(kind: str) -> dict[str, tuple[str, str]]:
 
 
 def _overlay_picture(caption: str, image: np.ndarray) -> Picture:
-    source = _data_address(iio.imwrite("<bytes>", image, extension=".png"))
-    return Picture(source, image.shape[1], image.shape[0], f"Segmentation overlay: {caption}", caption)
-
-
-def _data_address(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return embedded(image, f"Segmentation overlay: {caption}", caption)
 
 
 # Tables
@@ -250,8 +197,8 @@ def _realism_table(inputs: ReportInputs) -> Table | None:
 
 def _estimate(values: Mapping[str, float], group: str) -> str:
     """A value with its interval, where it has one."""
-    text = _number(values.get(group))
-    return f"{text} ({_number(values[f'{group}_low'])} to {_number(values[f'{group}_high'])})" if f"{group}_low" in values else text
+    text = number(values.get(group))
+    return f"{text} ({number(values[f'{group}_low'])} to {number(values[f'{group}_high'])})" if f"{group}_low" in values else text
 
 
 def _score_tables(scores: pd.DataFrame) -> list[Table]:
@@ -260,9 +207,9 @@ def _score_tables(scores: pd.DataFrame) -> list[Table]:
     means = mean_scores(scores)
     metrics = [name for name in METRICS if name in means]
     labels = [METRICS[name].label for name in metrics]
-    rows = [[row["set"], row["method"], str(row["images"]), *(_number(row[name]) for name in metrics)]
+    rows = [[row["set"], row["method"], str(row["images"]), *(number(row[name]) for name in metrics)]
             for row in means.to_dict("records")]
-    every = [[row["set"], row["method"], str(row["image"]), *(_number(row[name]) for name in metrics)]
+    every = [[row["set"], row["method"], str(row["image"]), *(number(row[name]) for name in metrics)]
              for row in scores.to_dict("records")]
     best = frozenset((row, 3 + metrics.index(name)) for row, name in best_methods(means))
     columns = frozenset(range(3, 3 + len(metrics)))
@@ -274,7 +221,7 @@ def _score_tables(scores: pd.DataFrame) -> list[Table]:
 def _grain_table(grains: pd.DataFrame) -> Table | None:
     head = ["Set", "Grains", "Mean", "Std. dev.", "10 %", "Median", "90 %", "Unit"]
     statistics = ("mean", "std", "p10", "median", "p90")
-    rows = [[row["set"], str(row["grains"]), *(_number(row[s]) for s in statistics), unit_label(row["unit"])]
+    rows = [[row["set"], str(row["grains"]), *(number(row[s]) for s in statistics), unit_label(row["unit"])]
             for row in grain_sizes(grains).to_dict("records")]
     caption = "Equivalent circular diameter of the grains"
     return Table(caption, head, rows, frozenset(range(1, 7))) if rows else None
@@ -284,8 +231,8 @@ def _read_table(micrographs: ImageSet) -> Table:
     rows = micrographs.rows
     described = [str(c) for c in rows if c not in STANDARD_COLUMNS and pd.api.types.is_float_dtype(rows[c])]
     head = ["File", "Session", "Size used, px", "Pixel size, µm", *(c.replace("_", " ") for c in described)]
-    cells = [[source_name(_named(row)), _text(row["session"]), f"{row['width']} {TIMES} {row['height']}",
-              *(_number(row[c], ".4g") for c in ("pixel_size_um", *described))]
+    cells = [[source_name(_named(row)), text(row["session"]), f"{row['width']} {TIMES} {row['height']}",
+              *(number(row[c], ".4g") for c in ("pixel_size_um", *described))]
              for row in rows.to_dict("records")]
     numeric = frozenset(range(2, len(head)))
     return Table("Files that were read", head, cells, numeric, folded=len(cells) > MANY)
@@ -300,8 +247,8 @@ def _fidelity_table(synthetic: ImageSet) -> Table:
     fidelity, dropped = synthetic.rows["fidelity"].dropna(), len(synthetic.refused)
     rows = [["Translated", str(len(fidelity) + dropped)], ["Kept", str(len(fidelity))],
             ["Dropped", str(dropped)], ["Untranslated beside them", str(len(synthetic) - len(fidelity))],
-            ["Label fidelity of those kept: mean", _number(fidelity.mean())],
-            ["Label fidelity of those kept: lowest", _number(fidelity.min())]]
+            ["Label fidelity of those kept: mean", number(fidelity.mean())],
+            ["Label fidelity of those kept: lowest", number(fidelity.min())]]
     return Table("Synthetic images and their label fidelity", ["What", "Value"], rows, frozenset({1}))
 
 
@@ -326,16 +273,3 @@ def _installed(package: str) -> str:
 
 def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name): value for name, value in row.items()}
-
-
-def _number(value: Any, form: str | None = None) -> str:
-    """Three decimals below 10 and four digits above, or `form`; an en dash for what is unknown."""
-    if pd.isna(value):
-        return UNKNOWN
-    if math.isinf(value):
-        return "∞" if value > 0 else f"{MINUS}∞"
-    return format(value, form or (".3f" if abs(value) < 10 else ".4g")).replace("-", MINUS)
-
-
-def _text(value: Any) -> str:
-    return UNKNOWN if pd.isna(value) else str(value)
