@@ -11,8 +11,12 @@ from zenml.enums import ExecutionMode
 from graincast import preflight
 from graincast.config import parse_config
 from graincast.store.imageset import content_digest
+from pipelines.recalibration import labelled_fields
+from steps.drift_reference import drift_reference
 from steps.evaluate import evaluate, evaluate_virtual
+from steps.gates import gate_library, gate_micrographs, gate_synthetic
 from steps.ingest import ingest, ingest_virtual
+from steps.promote import promote
 from steps.report import report
 from steps.simulate import simulate
 from steps.synthesise import synthesise
@@ -23,7 +27,7 @@ from steps.virtual_session import virtual_session
 
 @pipeline(execution_mode=ExecutionMode.FAIL_FAST)
 def training_pipeline(config: dict[str, Any]) -> None:
-    """Simulate, ingest, learn the look, synthesise, train, evaluate, report."""
+    """Simulate, ingest, learn the look, synthesise, train, evaluate, report, promote; gates between."""
     settings = parse_config(config)
     preflight.check(settings)
     session = settings.session
@@ -34,12 +38,17 @@ def training_pipeline(config: dict[str, Any]) -> None:
     else:
         content = content_digest(Path(session.folder), "session.folder")
         micrographs = ingest(settings.ingest, for_translator, session.folder, session.masks, content)
-    translator = train_translator(settings.translator, for_translator, micrographs)
+    gates = [gate_library(settings.gates, for_synthetic), gate_micrographs(settings.gates, micrographs)]
+    translator = train_translator(settings.translator, for_translator, micrographs, after=gates)
     training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
-    segmenter = train_segmenter(settings.segmenter, training, validation, micrographs)
+    gate = gate_synthetic(settings.gates, training, micrographs)
+    segmenter = train_segmenter(settings.segmenter, training, validation, micrographs, after=[gate])
     if session.folder is None:
         evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, for_synthetic, training, validation, micrographs, virtual)
     else:
         masks = content_digest(Path(session.masks), "session.masks") if session.masks else ""
         evaluation = evaluate(settings.evaluate, session, segmenter, translator, for_synthetic, training, validation, micrographs, masks)
-    report(settings.model_dump(), for_synthetic, micrographs, training, translator, segmenter, evaluation)
+    reported = report(settings.model_dump(), for_synthetic, micrographs, training, translator, segmenter, evaluation)
+    reference = drift_reference(settings.drift, segmenter, micrographs, training)
+    promote(settings.promotion, segmenter, reference, translator, for_translator, for_synthetic, for_validation, micrographs, training, validation,
+            micrographs, validation, *labelled_fields(settings), after=[reported])

@@ -21,7 +21,7 @@ from graincast.report.findings import METRICS, warnings
 from graincast.report.html import write_report
 from graincast.report.inputs import ReportInputs
 from graincast.report.terminal import summary_table
-from graincast.store import tracking
+from graincast.store import registry, tracking
 from graincast.store.imageset import ImageSet, whole_folder
 from graincast.store.versioning import Artifact
 from steps.artifacts import ROOT
@@ -81,7 +81,7 @@ def report(config: dict[str, Any], morphologies: ImageSet, micrographs: ImageSet
 
 def _register(segmenter: Artifact, micrographs: ImageSet, tags: Mapping[str, str | None]) -> str:
     """The segmenter's address in the registry, where it becomes the next version unless it is known there."""
-    return f"models:/{tracking.MODEL}/{tracking.ensure_registered(segmenter.path, micrographs.image(0), tags)}"
+    return f"models:/{registry.MODEL}/{registry.ensure_registered(segmenter.path, micrographs.image(0), tags)}"
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

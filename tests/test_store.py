@@ -33,7 +33,7 @@ from graincast.microscope.preparation import Preparation
 from graincast.segment.instances import Cut
 from graincast.segment.network import build_network
 from graincast.segment.segmenter import Segmenter
-from graincast.store import tracking, versioning
+from graincast.store import registry, tracking, versioning
 from graincast.store.imageset import ImageSet, ImageSetWriter, content_digest, folder_digest, whole_folder
 from graincast.store.versioning import Artifact, Version
 from steps.sources import source_files
@@ -370,7 +370,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     with pytest.raises(UserError, match="no model 'graincast-segmenter' is registered"):
-        tracking.load_segmenter()
+        registry.load_segmenter()
     mlflow.set_experiment(experiment_id=tracking.ensure_experiment())
     yield folder
     mlflow.set_tracking_uri(before)
@@ -440,28 +440,28 @@ def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
-            version = tracking.ensure_registered(folder, image, {"git_commit": "abc", "none": None})
+            version = registry.ensure_registered(folder, image, {"git_commit": "abc", "none": None})
         with mlflow.start_run():
-            assert tracking.ensure_registered(folder, image) == version, "the same bytes are one version"
+            assert registry.ensure_registered(folder, image) == version, "the same bytes are one version"
     return segmenters[0], image
 
 
 def test_references_find_their_segmenter(registered: tuple[Segmenter, np.ndarray]) -> None:
-    assert tracking.load_segmenter().cut.rise == 0.6, "the newest, while there is no champion"
-    mlflow.MlflowClient().set_registered_model_alias(tracking.MODEL, tracking.CHAMPION, 1)
+    assert registry.load_segmenter().cut.rise == 0.6, "the newest, while there is no champion"
+    mlflow.MlflowClient().set_registered_model_alias(registry.MODEL, registry.CHAMPION, 1)
     first, image = registered
-    for reference in (None, "1", "champion", f"models:/{tracking.MODEL}/1"):
-        loaded = tracking.load_segmenter(reference)
+    for reference in (None, "1", "champion", f"models:/{registry.MODEL}/1"):
+        loaded = registry.load_segmenter(reference)
         assert loaded.cut.rise == 0.3
     np.testing.assert_array_equal(loaded.segment(image), first.segment(image))
     for reference in ("9", "nobody", "models:/other/1"):
         with pytest.raises(UserError, match=reference):
-            tracking.load_segmenter(reference)
+            registry.load_segmenter(reference)
 
 
 def test_the_registered_model_describes_itself(registered: tuple[Segmenter, np.ndarray]) -> None:
-    version = mlflow.MlflowClient().get_model_version(tracking.MODEL, "1")
-    info = mlflow.models.get_model_info(f"models:/{tracking.MODEL}/1")
+    version = mlflow.MlflowClient().get_model_version(registry.MODEL, "1")
+    info = mlflow.models.get_model_info(f"models:/{registry.MODEL}/1")
     assert version.tags.keys() == {"dvc.segmenter", "git_commit"}
     assert [(i.type, i.shape) for i in info.signature.inputs] == [(np.dtype("uint8"), (-1, -1, -1))]
     assert [(o.type, o.shape) for o in info.signature.outputs] == [(np.dtype("int32"), (-1, -1, -1))]
@@ -478,7 +478,7 @@ import sys
 sys.path = [p for p in sys.path if p != {str(SOURCES)!r}]
 import mlflow, numpy as np
 mlflow.set_tracking_uri("sqlite:///{server}/mlflow.db")
-model = mlflow.pyfunc.load_model("models:/{tracking.MODEL}/1")
+model = mlflow.pyfunc.load_model("models:/{registry.MODEL}/1")
 np.save("labels.npy", model.predict(np.load("image.npy")[None]))
 import graincast
 print(graincast.__file__)
@@ -496,10 +496,10 @@ def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -
     folder.mkdir()
     Segmenter(build_network("Unet", "resnet18", None).eval(), Cut(30), SegmenterConfig(precision="float32").model_dump()).save(folder)
     program = (
-        "import sys, mlflow, numpy as np; from pathlib import Path; from graincast.store import tracking\n"
+        "import sys, mlflow, numpy as np; from pathlib import Path; from graincast.store import registry, tracking\n"
         "mlflow.set_experiment(experiment_id=tracking.ensure_experiment())\n"
         "for _ in range(2):\n"
-        "    with mlflow.start_run(): print(tracking.ensure_registered(Path(sys.argv[1]), np.zeros((96, 96), np.uint8)))"
+        "    with mlflow.start_run(): print(registry.ensure_registered(Path(sys.argv[1]), np.zeros((96, 96), np.uint8)))"
     )
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/second.db"}
     done = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True, check=True)
@@ -508,7 +508,7 @@ def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -
 
 def test_the_requirements_of_a_served_segmenter_are_all_it_imports(tmp_path: Path) -> None:
     """Every package that is neither one of them nor theirs is blocked; the segmenter carries a preparation."""
-    allowed, pending = set(), {canonicalize_name(name) for name in tracking.REQUIREMENTS}
+    allowed, pending = set(), {canonicalize_name(name) for name in registry.REQUIREMENTS}
     while pending:
         name = pending.pop()
         allowed.add(name)

@@ -1,19 +1,33 @@
-"""The command line: ``graincast segment``, ``configure``, ``simulate``, ``stage`` and ``virtual-sem``."""
+"""The command line: ``graincast segment``, ``models``, ``promote``, ``rollback``, ``watch``, ``sessions``, ``schedule``, ``configure``,
+``simulate``, ``stage`` and ``virtual-sem``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from graincast.config import Config, load_config, parse_config
 from graincast.errors import UserError
+
+if TYPE_CHECKING:
+    from graincast.store.registry import Record
+
+MONITORING = Path(".graincast/monitoring")
+"""What the monitor keeps, in a checkout: ledger, alerts, the watch's state."""
 
 app = typer.Typer(
     help="Label-free grain segmentation of SEM micrographs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -41,7 +55,7 @@ def segment(
 ) -> None:
     """Find the grains of micrographs: label TIFF, overlay PNG, CSV of grains and a JSON summary."""
     from graincast.inference import segment_files
-    from graincast.store.tracking import load_segmenter
+    from graincast.store.registry import load_segmenter
 
     outcomes = segment_files(load_segmenter(model), sources, out, pixel_size)
     table = Table("micrograph", "grains", "mean diameter", "ASTM G")
@@ -61,6 +75,55 @@ def _grain_cells(found: dict[str, Any]) -> tuple[str, str, str]:
     return str(found["grains"]), f"{mean:.3g} {unit}" if mean is not None else "-", f"{number:.1f}" if number is not None else "-"
 
 
+By = Annotated[str, typer.Option(help="who decides, for the record")]
+
+
+@app.command()
+def models(history: Annotated[bool, typer.Option("--history", help="show the decisions, newest first, and why they were taken")] = False) -> None:
+    """Show the registered segmenters, or the decisions about them."""
+    from graincast.store import registry
+
+    records = registry.history()
+    if history:
+        table = Table("when (UTC)", "decision", "champion before", "after", "by", "decided by", "why")
+        for record in records:
+            decision = f"{record.action} {record.version}" + ("" if record.status == registry.DONE else f"\n({record.status})")
+            table.add_row(record.when[:19].replace("T", " "), decision, str(record.champion or "-"), str(record.after.get(registry.CHAMPION, "-")),
+                          escape(record.by), record.decided_by, escape("\n".join(record.reasons)))
+    else:
+        table = Table("version", "alias", "registered (UTC)", "AP50, or label-free score", "DVC hashes")
+        for found in registry.versions():
+            scores = "\n".join(f"{name}: {value:.3f}" for name, value in registry.figures(found, records).items())
+            hashes = "\n".join(f"{name} {digest[:8]}" for name, digest in sorted(found.hashes.items()))
+            table.add_row(str(found.number), ", ".join(found.aliases), f"{found.created:%Y-%m-%d %H:%M}", escape(scores), escape(hashes))
+    Console().print(table)
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(help="version to make the champion")],
+    reason: Annotated[str, typer.Option(help="why, for the record")],
+    by: By = "graincast promote",
+) -> None:
+    """Make a registered segmenter the champion by hand; the decision is kept on record."""
+    from graincast.store import registry
+
+    _tell(registry.promote_by_hand(version, reason, by=by))
+
+
+@app.command()
+def rollback(reason: Annotated[str, typer.Option(help="why, for the record")], by: By = "graincast rollback") -> None:
+    """Make the previous champion the champion again; a second rollback goes one further back."""
+    from graincast.store import registry
+
+    _tell(registry.rollback(reason, by=by))
+
+
+def _tell(record: Record) -> None:
+    aliases = ", ".join(f"{alias}: version {number}" for alias, number in sorted(record.after.items()))
+    print(f"version {record.version} is the champion, before it was {record.champion or 'none'} ({aliases}); record: MLflow run {record.id}")
+
+
 @app.command()
 def configure(
     base: Annotated[Path, typer.Argument(help="configuration to start from, e.g. configs/demo.yaml")],
@@ -68,16 +131,25 @@ def configure(
     out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
 ) -> None:
     """Write a copy of a configuration with some keys changed; unknown keys are refused."""
-    tree = load_config(base).model_dump(exclude_unset=True)
+    changes = {}
     for assignment in set_:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: KEY=VALUE would be right, e.g. segmenter.epochs=50")
+        changes[key] = text
+    _write_copy(base, changes, out)
+
+
+def _write_copy(base: Path, changes: Mapping[str, str], out: Path) -> None:
+    tree = load_config(base).model_dump(exclude_unset=True)
+    for key, text in changes.items():
         tree = _assign(tree, key, text)
     document = yaml.safe_load(base.read_text())
     document["parameters"]["config"] = parse_config(tree, str(out)).model_dump(exclude_unset=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump(document, sort_keys=False))
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.write_text(yaml.safe_dump(document, sort_keys=False))
+    partial.replace(out)
 
 
 def _assign(tree: Any, key: str, text: str) -> dict[str, Any]:
@@ -86,6 +158,86 @@ def _assign(tree: Any, key: str, text: str) -> dict[str, Any]:
     tree = tree if isinstance(tree, dict) else {}
     value = _assign(tree.get(first), rest, text) if dot else None if text == "null" else text
     return {**tree, first: value}
+
+
+@app.command()
+def watch(
+    inbox: Annotated[Path, typer.Argument(help="folder in which every sub-folder is a session of micrographs")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="configuration file")] = Path("configs/demo.yaml"),
+    cron: Annotated[str | None, typer.Option(help="when to run, e.g. '0 6 * * 1-5'; default: monitoring.cron")] = None,
+    every: Annotated[float | None, typer.Option(min=1, help="time from run to run, s; default: monitoring.every_seconds")] = None,
+    once: Annotated[bool, typer.Option(help="one run now, then end; for a cron line")] = False,
+) -> None:
+    """Run the monitoring pipeline whenever it is due and the inbox has something new, until SIGTERM or Ctrl-C."""
+    from graincast.monitor.schedule import Watch, state_file
+
+    if cron is not None and every is not None:
+        raise UserError("--cron and --every exclude each other; one of them would be right")
+    root, inbox = _checkout(), inbox.absolute()
+    state = root / MONITORING
+    options = {"monitoring.inbox": str(inbox), "monitoring.cron": cron if every is None else "null", "monitoring.every_seconds": every}
+    changes = {key: str(value) for key, value in options.items() if value is not None}
+    key = hashlib.sha256(f"{config.absolute()} {changes}".encode()).hexdigest()[:8]  # what another watch runs with stays as it is
+    copy = state_file(state, inbox).with_suffix(f".{key}.yaml")
+    _write_copy(config, changes, copy)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s graincast %(levelname)s: %(message)s")
+    command = [_tool("zenml"), "pipeline", "run", "pipelines.monitoring.monitoring_pipeline", "-c", str(copy)]
+    process = Watch(inbox, load_config(copy).monitoring, command, state, root)
+    if not once:
+        process.run()
+    elif status := process.once():
+        raise typer.Exit(status)
+
+
+@app.command()
+def sessions(
+    retry: Annotated[str | None, typer.Option(help="name or digest of a session that failed or was set aside: process it again")] = None,
+) -> None:
+    """Show what became of every session of the inbox."""
+    from graincast.config import Monitoring
+    from graincast.monitor.inbox import Ledger
+
+    ledger = Ledger.open(_checkout() / MONITORING, Monitoring())
+    if retry is not None:
+        if not ledger.retry(retry):
+            raise UserError(f"no session '{retry}' has failed or was set aside; `graincast sessions` lists them all")
+        print(f"'{retry}' is processed again in the next run")
+        return
+    table = Table("session", "state", "last claimed (UTC)", "attempts", "why", "digest")
+    for record in ledger.records():
+        claims, why = record["claims"], record["reason"] or ""
+        last = claims[-1]["when"][:19].replace("T", " ")
+        table.add_row(escape(record["name"]), record["state"], last, str(len(claims)), escape(why), record["digest"][:12])
+    Console().print(table)
+
+
+@app.command()
+def schedule(
+    cron: Annotated[str, typer.Option(help="when to run, in the orchestrator's time zone (usually UTC), e.g. '0 6 * * 1-5'")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="configuration file")] = Path("configs/demo.yaml"),
+    inbox: Annotated[Path | None, typer.Option(help="inbox, as the orchestrator's machines see it; default: monitoring.inbox")] = None,
+) -> None:
+    """Have ZenML's orchestrator run the monitoring pipeline on a schedule, where it has one."""
+    root = _checkout()
+    load_config(config)
+    arguments = ["--cron", cron, "--config", str(config.absolute()), *(["--inbox", str(inbox)] if inbox else [])]
+    if status := subprocess.run([sys.executable, "-m", "pipelines.schedule", *arguments], cwd=root).returncode:
+        raise typer.Exit(status)
+
+
+def _checkout() -> Path:
+    """The checkout whose environment this is; the pipelines and their state lie there."""
+    root = os.environ.get("GRAINCAST_ROOT")
+    if not root or not (Path(root) / "pipelines").is_dir():
+        raise UserError("GRAINCAST_ROOT names no checkout of graincast; `source env.sh` in it first")
+    return Path(root)
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise UserError(f"the command '{name}' is not on PATH; `source env.sh` in the checkout first")
+    return found
 
 
 @app.command()

@@ -119,6 +119,11 @@ def dihedral(array: np.ndarray, symmetry: int) -> np.ndarray:
     return turned[..., ::-1] if symmetry >= 4 else turned
 
 
+def state_arrays(*networks: torch.nn.Module) -> list[np.ndarray]:
+    """Everything that the networks' states hold, in their order: what a training that starts from them depends on."""
+    return [value.detach().cpu().numpy() for network in networks for value in network.state_dict().values()]
+
+
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON-able header as one safetensors file; the same content gives the same bytes."""
     # a single metadata entry, as safetensors writes several in no particular order

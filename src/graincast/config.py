@@ -252,6 +252,111 @@ class Evaluate(Section):
     require_plausible: bool = Field(True, description="register only a segmenter whose result on the unlabelled micrographs makes sense")
 
 
+class Gates(Section):
+    """What data must fulfil before anything is made of them; checked by `graincast.store.gates`."""
+
+    least_good_images: int = Field(1, ge=1, description="images of a session that must pass, or the session fails")
+    least_good_share: float = Field(0.5, ge=0, le=1, description="share of a session's files that must pass, or the session fails")
+    most_images: int = Field(1000, ge=1, description="files that a session may hold, or it is refused as a whole")
+    require_pixel_size: bool = Field(False, description="quarantine images without a known pixel size; else they are told and lengths stay in pixels")
+    min_pixel_size_um: float = Field(0.0005, gt=0, description="smallest believable pixel size, um")
+    max_pixel_size_um: float = Field(10.0, gt=0, description="largest believable pixel size, um")
+    min_side_px: int = Field(64, ge=16, description="smallest width and height of what was imaged, px, before resampling")
+    min_bit_depth: int = Field(8, ge=1, le=16, description="fewest bits a sample in the file")
+    max_saturated: float = Field(0.4, ge=0, le=1, description="largest fraction of pixels at either end of the grey scale")
+    min_contrast: float = Field(0.05, ge=0, le=1, description="smallest 1 to 99 % grey-level range, fraction of full scale")
+    max_noise: float = Field(0.2, ge=0, le=1, description="largest standard deviation of noise, fraction of full scale")
+    min_signal_to_noise: float = Field(1.2, ge=0, description="smallest standard deviation of grey over that of noise")
+    min_focus: float = Field(
+        0.35, ge=0, le=1,
+        description="smallest sharpness of the prepared image at its grains' scale, 0 blurred to 1 (graincast.microscope.quality.focus)",
+    )
+    few_grains: int = Field(10, ge=0, description="grains in a field below which its grain size is told to be uncertain; it is not quarantined")
+    min_grains: int = Field(3, ge=1, description="fewest grains in a simulated or synthetic field")
+    min_boundary_share: float = Field(0.01, ge=0, le=1, description="smallest share of boundary pixels in a label map")
+    max_boundary_share: float = Field(0.4, ge=0, le=1, description="largest share of boundary pixels in a label map")
+    max_size_ratio: float = Field(
+        1.5, ge=1,
+        description="largest ratio, either way, of a set's mean grain diameter to what the micrographs themselves suggest",
+    )
+    max_dropped_share: float = Field(0.5, ge=0, le=1, description="largest share of translated images dropped for their label fidelity")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("pixel_size_um", "boundary_share"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low >= high:
+                raise ValueError(f"gates.min_{name} {low:g} is not below gates.max_{name} {high:g}; a smaller one would be right")
+        return self
+
+
+class Promotion(Section):
+    """When a challenger becomes the champion; decided by `graincast.evaluate.promotion`."""
+
+    min_ap50: float = Field(0.5, ge=0, le=1, description="least AP50 on every labelled set of the benchmark, for the first model too")
+    min_stability: float = Field(
+        0.5, ge=0, le=1,
+        description="least AP50 of the grains found in slightly changed micrographs against those found before, for the first model too",
+    )
+    margin: float = Field(0.01, ge=0, le=1, description="least gain of AP50, or of the label-free score where that decides, over the champion")
+    old_look_loss: float = Field(0.02, ge=0, le=1, description="largest loss of AP50 on a labelled set of the champion's own look")
+    label_free_loss: float = Field(0.05, ge=0, le=1, description="largest loss of the label-free score on a set of unlabelled micrographs")
+    fields: str | None = Field(
+        None, description="folder of labelled fields of your own, images/ and masks/ with the same names, that promotions are measured on; null: none"
+    )
+    images: int = Field(8, ge=1, description="images of each set that are scored, at most")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise by which micrographs are slightly changed")
+
+
+class Drift(Section):
+    """When a session has left what the champion learned from; decided by `graincast.monitor.drift`."""
+
+    false_alarm_rate: float = Field(0.02, gt=0, lt=0.5, description="share of in-control sessions that may be called drift")
+    patch: int = Field(64, ge=16, description="side of the patches that images are described by, px of the prepared image")
+    session_spread: float = Field(
+        0.5, ge=0,
+        description="how much in-control sessions differ, in standard deviations between the images of one, expected until the reference's "
+                    "own sessions tell",
+    )
+    strong: float = Field(2.0, ge=1, description="score, in units of its threshold, from which on drift is strong")
+    size_ratio: float = Field(1.2, ge=1, description="ratio of grain sizes, either way, from which on size is the cause")
+    foreign_share: float = Field(0.9, gt=0, le=1, description="share of patches outside the synthetic manifold from which on images are foreign")
+    resamples: int = Field(300, ge=50, description="parts of the reference judged against its rest, for each size of session, to calibrate")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the resampling")
+
+
+class Monitoring(Section):
+    """The loop over sessions that arrive in an inbox."""
+
+    inbox: str | None = Field(None, description="folder in which every sub-folder is a session of micrographs; null: none")
+    settle_seconds: float = Field(
+        60.0, ge=0, description="a session is whole when nothing in its folder has changed for so long, s; longer where copies stall"
+    )
+    attempts: int = Field(3, ge=1, description="failures after which a session is set aside, with its reason")
+    crashes: int = Field(10, ge=1, description="processes that may die over a session (killed, out of memory) before it is set aside")
+    every_seconds: float = Field(300.0, ge=1, description="time from the start of one run of `graincast watch` to the next, s, where cron is null")
+    cron: str | None = Field(None, description="when to run, as five fields of cron in local time, e.g. 0 6 * * 1-5; null: every_seconds decides")
+    grace_seconds: float = Field(60.0, ge=0, description="time a running pipeline gets to end when `graincast watch` is told to stop, s")
+    recalibrate: bool = Field(True, description="re-learn the look of a session that has drifted in a way that re-learning can mend")
+
+
+class Recalibration(Section):
+    """Re-learning a look that changed, from the champion on."""
+
+    translator_steps: int = Field(100, ge=1, description="optimiser steps of the translator, which starts from the champion's")
+    translator_learning_rate: float = Field(4e-4, gt=0, description="Adam learning rate of its generators and discriminators")
+    segmenter_epochs: int = Field(
+        5, ge=1,
+        description="epochs at most of the segmenter, which starts from the champion's; an epoch sees every image of the new look once",
+    )
+    segmenter_learning_rate: float = Field(5e-4, gt=0, description="Adam learning rate at its highest, in these epochs")
+    replay: float = Field(
+        0.5, ge=0,
+        description="images of the old looks for each of the new that the segmenter sees, lest it forget the old; 0: none",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of crops, noise, augmentation and of which old images are seen again")
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -262,6 +367,11 @@ class Config(Section):
     synthesise: Synthesise = Synthesise()
     segmenter: Segmenter = Segmenter()
     evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
+    promotion: Promotion = Promotion()
+    drift: Drift = Drift()
+    monitoring: Monitoring = Monitoring()
+    recalibration: Recalibration = Recalibration()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -108,6 +108,28 @@ def score_labels(pred_labels: np.ndarray, true_labels: np.ndarray) -> dict[str, 
     return _score_grains(pred_labels, true_labels)
 
 
+def score_instances(pred_labels: np.ndarray, true_labels: np.ndarray) -> dict[str, float]:
+    """Compare two grain maps grain by grain, boundaries apart; both may tile the image.
+
+    Parameters
+    ----------
+    pred_labels, true_labels : (H, W) integer ndarray
+        0 = no grain, 1..N = grains; an id is one grain, however many pieces it has.
+
+    Returns
+    -------
+    dict of str to float
+        The instance figures of the module's table.
+
+    Raises
+    ------
+    ValueError
+        If shapes or dtypes are not these.
+    """
+    _check(pred_labels, true_labels, np.integer)
+    return _instance_scores(_drop_specks(pred_labels), _drop_specks(true_labels))
+
+
 def score_particles(pred_labels: np.ndarray, true_interior: np.ndarray) -> dict[str, float]:
     """Score a predicted particle map against a mask of the particles' interiors.
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imageio.v3 as iio
 import pandas as pd
 
 from graincast.report.page import MANY, Picture, Table, embedded, number, render
+
+if TYPE_CHECKING:
+    from graincast.evaluate.promotion import Decision
+    from graincast.monitor.drift import Drift
 
 OVERLAYS = 6
 """Overlays on the page; the folder of the segmentation has all."""
@@ -72,7 +77,7 @@ def build_session_report(report: SessionReport) -> str:
     return render(
         "session.html",
         title=report.name,
-        headline=_headline(report, found),
+        headline=headline(report),
         tiles=_tiles(report, found),
         failures=report.failures,
         quarantined=_quarantined(report.quarantined),
@@ -97,7 +102,9 @@ def _measured(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [image for image in found if "refused" not in image]
 
 
-def _headline(report: SessionReport, found: Sequence[Mapping[str, Any]]) -> str:
+def headline(report: SessionReport) -> str:
+    """The session in a sentence or two."""
+    found = _summaries(report.segmentation)
     if report.failures:
         return f"The session was not used: {'; '.join(report.failures)}"
     grains = sum(image["grains"] for image in _measured(found))
@@ -138,6 +145,58 @@ def _diameter(image: Mapping[str, Any]) -> str:
 def _overlays(segmentation: Path | None) -> list[Picture]:
     files = sorted(segmentation.glob("*_overlay.png"))[:OVERLAYS] if segmentation else []
     return [embedded(iio.imread(file), f"Segmentation overlay: {name}", name) for file in files for name in [file.stem.removesuffix("_overlay")]]
+
+
+def figures(report: SessionReport, drift: Drift | None) -> dict[str, float]:
+    """The session in numbers, for the ledger, MLflow and alerts."""
+    found = _measured(_summaries(report.segmentation))
+    counted: dict[str, float] = {"images": report.images, "quarantined": len(report.quarantined), "grains": sum(image["grains"] for image in found)}
+    for key in ("mean_equivalent_diameter_um", "mean_equivalent_diameter_px", "astm_grain_size_number"):
+        values = [image[key] for image in found if image.get(key) is not None]
+        if values:
+            counted[key] = sum(values) / len(values)
+    scores = {name: value for name, value in drift.scores.items() if math.isfinite(value)} if drift else {}
+    return counted | scores
+
+
+def alerts(report: SessionReport, drift: Drift | None, decision: Decision | None) -> dict[str, str]:
+    """What somebody should hear of: event to sentence."""
+    told = {}
+    if report.failures:
+        told["session failed its checks"] = "; ".join(report.failures)
+    elif report.quarantined:
+        told["files set aside"] = "; ".join(f"{name}: {reason}" for name, reason in report.quarantined.items())
+    if drift and drift.drifted:
+        told["drift"] = drift.sentence
+    if decision:
+        told["recalibration"] = " ".join(decision_sentences(decision))
+    return told
+
+
+def moved_rows(drift: Drift) -> list[tuple[str, str, str]]:
+    """Rows of the table of what moved."""
+    return [(entry["descriptor"].replace("_", " "), f"{number(entry['sigmas'], '+.1f')} standard errors", entry["words"]) for entry in drift.moved]
+
+
+def decision_sentences(decision: Decision | None) -> list[str]:
+    """What was decided about a recalibrated model, and why; nothing where there was none."""
+    if decision is None:
+        return []
+    verdict = "The recalibrated model was promoted" if decision.promote else "The recalibrated model was not promoted"
+    return [f"{verdict}; {decision.decided_by} decided.", *decision.reasons]
+
+
+def evidence_table(decision: Decision | None) -> pd.DataFrame | None:
+    """Scores of both by set: AP50 where there are labels, the label-free score where there are none."""
+    if decision is None:
+        return None
+    rows = [{"Set": name, "Kind": facts["kind"], "Images": str(facts["images"]), "Champion": _score(facts.get("champion")),
+             "Challenger": _score(facts.get("challenger"))} for name, facts in decision.figures.items()]
+    return pd.DataFrame(rows)
+
+
+def _score(scores: Mapping[str, float] | None) -> float:
+    return scores["score"] if scores else math.nan
 
 
 def _evidence(evidence: pd.DataFrame | None) -> Table | None:

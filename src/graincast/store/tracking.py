@@ -1,36 +1,19 @@
-"""Runs, loss curves and the registered segmenter in MLflow.
+"""Runs, metrics and loss curves in MLflow.
 
 Where MLflow keeps them is said by its own variable, ``MLFLOW_TRACKING_URI`` (``env.sh`` sets it).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-
-import numpy as np
-
-from graincast.errors import UserError
-from graincast.store.imageset import folder_digest
-
-if TYPE_CHECKING:
-    from graincast.segment.segmenter import Segmenter
+from typing import Any, Self, TypeVar
 
 EXPERIMENT = "graincast"
-MODEL = "graincast-segmenter"
-CHAMPION = "champion"
-DIGEST_TAG = "dvc.segmenter"
-
-REQUIREMENTS = (
-    "numba", "numpy", "pillow", "safetensors", "scikit-image", "scipy", "segmentation-models-pytorch", "torch", "torchvision",
-)
-"""Distributions that a served segmenter imports."""
 
 MAX_METRICS, MAX_PARAMS = 1000, 100
 """What an MLflow server takes in one call."""
@@ -140,112 +123,6 @@ def git_commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def ensure_registered(folder: Path, example: np.ndarray, tags: Mapping[str, str | None] | None = None) -> int:
-    """Have a segmenter registered as a version of ``graincast-segmenter``.
-
-    The version whose tag ``dvc.segmenter`` is the folder's hash is kept where the registry has one; else the segmenter
-    is logged in the active run and becomes the next version.
-
-    Parameters
-    ----------
-    folder : Path
-        What `Segmenter.save` wrote.
-    example : ndarray
-        A prepared image, uint8 (height, width); a 64 x 64 corner of it is kept as the input example.
-    tags : Mapping of str to str, optional
-        Further tags of a new version: git commit, hashes of the data and the like; None is left out.
-
-    Returns
-    -------
-    int
-        The version.
-
-    Notes
-    -----
-    The model is data and this package's code, no pickle; it serves where graincast is not installed.
-    """
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    import graincast
-
-    active_run_id()
-    client, digest = mlflow.MlflowClient(), folder_digest(folder)
-    known = client.search_model_versions(f"name = '{MODEL}' and tags.`{DIGEST_TAG}` = '{digest}'", max_results=1)
-    if known:
-        return int(known[0].version)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
-        outputs=Schema([TensorSpec(np.dtype(np.int32), (-1, -1, -1))]),
-    )
-    logged = mlflow.pyfunc.log_model(
-        name="segmenter",
-        loader_module="graincast.store.pyfunc",
-        data_path=str(folder),
-        code_paths=[str(Path(graincast.__file__).parent)],
-        signature=signature,
-        input_example=example[None, :64, :64],
-        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
-    )
-    version = mlflow.register_model(logged.model_uri, MODEL)
-    for name, value in {**(tags or {}), DIGEST_TAG: digest}.items():
-        if value is not None:
-            client.set_model_version_tag(MODEL, version.version, name, value)
-    return int(version.version)
-
-
-def load_segmenter(reference: str | None = None, device: str = "auto") -> Segmenter:
-    """Load a segmenter.
-
-    Parameters
-    ----------
-    reference : str, optional
-        A version (``3``) or alias (``challenger``) of ``graincast-segmenter``, any ``models:/`` or
-        ``runs:/`` URI, or the folder of a saved segmenter. None: the alias ``champion``, or the newest
-        version while there is none.
-    device : str
-        See `graincast.compute.pick_device`.
-
-    Raises
-    ------
-    UserError
-        If there is no such model.
-    """
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    from graincast.segment.segmenter import Segmenter
-
-    if reference and Path(reference).is_dir():
-        return Segmenter.load(Path(reference), device)
-    try:
-        folder = Path(download_artifacts(_model_uri(reference)))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"model '{reference}' cannot be loaded: {error}") from error
-    return Segmenter.load(folder / Model.load(str(folder)).flavors["python_function"]["data"], device)
-
-
-def _model_uri(reference: str | None) -> str:
-    from mlflow import MlflowClient
-
-    if reference is None:
-        client = MlflowClient()
-        newest_first = ["version_number DESC"]
-        versions = client.search_model_versions(f"name = '{MODEL}'", max_results=1, order_by=newest_first)
-        if not versions:
-            raise UserError(
-                f"no model '{MODEL}' is registered in {client.tracking_uri}; "
-                "train one (make demo) or set MLFLOW_TRACKING_URI (source env.sh)"
-            )
-        aliases = client.get_registered_model(MODEL).aliases
-        reference = str(aliases.get(CHAMPION, versions[0].version))
-    if ":/" in reference:
-        return reference
-    return f"models:/{MODEL}/{reference}" if reference.isdecimal() else f"models:/{MODEL}@{reference}"
 
 
 def active_run_id() -> str:

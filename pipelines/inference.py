@@ -1,0 +1,25 @@
+"""Inference: the champion segments a folder of micrographs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zenml import pipeline
+
+from graincast.config import parse_config
+from graincast.errors import UserError
+from pipelines.recalibration import new_micrographs
+from steps.champion import champion
+from steps.session import check_session, failures, segment_session
+
+
+@pipeline(dynamic=True)
+def inference_pipeline(config: dict[str, Any]) -> None:
+    """Check the micrographs of ``session.folder`` (null: a session of the virtual SEM) and segment those that pass."""
+    settings = parse_config(config)
+    folder, digest = new_micrographs(settings)
+    segmenter, _, _ = champion()
+    session = check_session(settings.gates, segmenter, folder, digest)
+    if why := failures(session.load()):
+        raise UserError(f"nothing was segmented: {'; '.join(why)}")
+    segment_session(segmenter, session, folder, digest)
