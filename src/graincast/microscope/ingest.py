@@ -11,19 +11,21 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from graincast.config import Ingest
 from graincast.errors import UserError
 from graincast.microscope import mixture
 from graincast.microscope.preparation import Preparation, prepare
-from graincast.microscope.reader import find_micrographs, read_micrograph, reason
+from graincast.microscope.quality import focus
+from graincast.microscope.reader import find_micrographs, find_session_files, printable, read_micrograph, reason
 from graincast.microscope.scale import estimate_grain_diameter
 from graincast.store.imageset import ImageSet, ImageSetWriter
 
@@ -80,10 +82,11 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     names = _unique_names([path.relative_to(root) for path in paths])
     preparation = Preparation(None, None, float(grain_diameter_px), config.clahe_clip, config.clahe_tile_grains * grain_diameter_px,
                               config.cut_info_bar, config.min_size, config.max_saturated, config.min_contrast, config.pixel_size_um)
-    surveys = [_survey(path, config, preparation) for path in tqdm(paths, "reading micrographs", disable=None)]
+    surveys = [_survey(path, preparation, config.require_pixel_size) for path in tqdm(paths, "reading micrographs", disable=None)]
     target, scale = _choose(config, [s for s in surveys if s.refused is None], grain_diameter_px)
     preparation = replace(preparation, target_pixel_size_um=target, scale=scale)
     members: list[mixture.Member] = []
+    scales: list[float] = []
     with ImageSetWriter(out, "micrographs", config=config.model_dump(), parents=parents) as writer:
         for path, name, survey in zip(tqdm(paths, "preparing micrographs", disable=None), names, surveys, strict=True):
             relative = path.relative_to(root)
@@ -95,17 +98,102 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
                 continue
             image, file_scale = prepared
             writer.add(image, pixel_size_um=_resampled_um(survey, preparation, file_scale), scale=file_scale, **common)
-            view = mixture.GRAIN_PX / grain_diameter_px
-            seen = prepare(image / np.float32(255), view, mixture.CLAHE_CLIP, mixture.CLAHE_TILE_PX)
-            members.append(mixture.Member.of(common["source"], seen, survey.grain_diameter_px * file_scale * view))
+            scales.append(file_scale)
+            members.append(_member(common["source"], image, survey.grain_diameter_px * file_scale, preparation))
         if missing := mixture.too_few(members):
             raise UserError(f"{folder}: {missing}")
-        writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members)).to_dict()
+        writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members),
+                                             usual_scale=float(np.median(scales))).to_dict()
         writer.info["warnings"] = mixture.warnings(members)
         writer.info["groups"] = [[member.name for member in group] for group in mixture.group_by_look(members)]
     for sentence in writer.info["warnings"]:
         logger.warning("graincast: warning: %s", sentence)  # now, while the trainings to come can still be spared
     return writer.result
+
+
+Judge = Callable[[pd.DataFrame], Mapping[str, str]]
+"""From a table of micrographs, the rows of their set, to the reason why one of them must not be used, by its id."""
+
+
+def ingest_session(preparation: Preparation, folder: Path | str, out: Path | str, judge: Judge, *,
+                   require_pixel_size: bool = False, most_files: int | None = None, config: Mapping[str, Any] | None = None) -> ImageSet:
+    """Prepare a session's micrographs as those of a training were prepared.
+
+    Parameters
+    ----------
+    preparation : Preparation
+        The training's; no scale is chosen anew. Files without a pixel size, where the training had none such, get its ``usual_scale``;
+        only where that is not known either, their scale comes from their own grains and a changed magnification does not show.
+    folder : Path
+        The session. Nothing in it is trusted, see `graincast.microscope.reader.find_session_files`.
+    out : Path
+        Where the set is written.
+    judge : callable
+        Names the micrographs to be left out, from all that is known of them.
+    require_pixel_size : bool, optional
+        Refuse files without one.
+    most_files : int, optional
+        Files beyond which the session is refused.
+    config : mapping, optional
+        What `judge` goes by, for the record.
+
+    Returns
+    -------
+    ImageSet
+        As of `ingest`, ``session`` being the folder's name, with ``focus`` (`graincast.microscope.quality.focus`) as well. Refused rows are
+        files that cannot or must not be read, that the preparation refuses, and that `judge` does.
+
+    Raises
+    ------
+    UserError
+        If the folder holds no micrographs, more than `most_files`, or not one of them can be used (naming each).
+    """
+    folder = Path(folder)
+    files = find_session_files(folder)
+    if most_files is not None and len(files) > most_files:
+        raise UserError(f"session {printable(folder.name)} holds {len(files)} files, at most {most_files} may be (gates.most_images); "
+                        "sessions of fewer would be right")
+    names = _unique_names([Path(file.name) for file in files])
+    settled = replace(preparation, scale=preparation.usual_scale) if preparation.scale is None else preparation
+    pages: list[np.ndarray | None] = []
+    rows: list[dict[str, Any]] = []
+    for file, name in zip(tqdm(files, "reading session", disable=None), names, strict=True):
+        survey = _Survey({}, refused=f"{Path(file.name).name} {file.refused}") if file.refused else _survey(file.path, settled, require_pixel_size)
+        prepared = survey.refused or _prepare_alike(file.path, survey, settled)
+        known = {"id": name, "session": printable(folder.resolve().name), "source": file.name, **survey.facts}
+        if isinstance(prepared, str):
+            pages.append(None)
+            rows.append({**known, "refused": prepared})
+        else:
+            pages.append(prepared[0])
+            rows.append({**known, "refused": None, "scale": prepared[1], "pixel_size_um": _resampled_um(survey, settled, prepared[1]),
+                         "focus": focus(prepared[0], settled.grain_diameter_px)})
+    left_out = judge(pd.DataFrame(rows))
+    members: list[mixture.Member] = []
+    with ImageSetWriter(out, "micrographs", config=config) as writer:
+        for page, row in zip(pages, rows, strict=True):
+            refused: str | None = row.pop("refused") or left_out.get(row["id"])
+            if refused is not None:
+                writer.refuse(refused, **row)
+            elif page is not None:
+                writer.add(page, **row)
+                members.append(_member(row["source"], page, row["grain_diameter_px"] * row["scale"], preparation))
+        if not members:
+            raise UserError(f"session {printable(folder.name)}: not one of its files can be used; " + "; ".join(writer.reasons()))
+        writer.info |= {"preparation": preparation.to_dict(), "warnings": mixture.warnings(members),
+                        "groups": [[member.name for member in group] for group in mixture.group_by_look(members)]}
+    return writer.result
+
+
+def _prepare_alike(path: Path, survey: _Survey, preparation: Preparation) -> tuple[np.ndarray, float] | str:
+    """As `_prepare`, and refused where boundaries are bright that are dark in the training, or the other way round."""
+    prepared = _prepare(path, survey, preparation)
+    if not isinstance(prepared, str):
+        try:
+            preparation.check_polarity(prepared[0])
+        except ValueError as error:
+            return str(error)
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -118,7 +206,7 @@ class _Survey:
     refused: str | None = None
 
 
-def _survey(path: Path, config: Ingest, preparation: Preparation) -> _Survey:
+def _survey(path: Path, preparation: Preparation, require_pixel_size: bool) -> _Survey:
     facts: dict[str, Any] = {}
     try:
         facts["source_sha256"] = _sha256(path)
@@ -135,7 +223,7 @@ def _survey(path: Path, config: Ingest, preparation: Preparation) -> _Survey:
               "instrument": json.dumps(micrograph.instrument, sort_keys=True), **inspection.quality}
     if inspection.refused is not None:
         return _Survey(facts, refused=inspection.refused)
-    if config.require_pixel_size and pixel_size is None:
+    if require_pixel_size and pixel_size is None:
         return _Survey(facts, refused="no pixel size: neither the file nor the key ingest.pixel_size_um gives one")
     try:
         diameter = estimate_grain_diameter(micrograph.image[:inspection.bar_row])
@@ -169,11 +257,25 @@ def _median(diameters: np.ndarray) -> float | None:
 
 
 def _prepare(path: Path, survey: _Survey, preparation: Preparation) -> tuple[np.ndarray, float] | str:
-    """The prepared image with its scale, or the reason if no scale suits it."""
+    """The prepared image with its scale, or the reason if no scale suits it or the file is not any more what was surveyed."""
     try:
-        return preparation.resample(read_micrograph(path).image[:survey.facts["bar_row"]], survey.pixel_size_um)
+        field = read_micrograph(path).image[:survey.facts["bar_row"]]
+        if _sha256(path) != survey.facts["source_sha256"]:
+            return f"{path.name} changed while it was read; run again once it is whole"
+        return preparation.resample(field, survey.pixel_size_um)
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or type(error).__name__}"
+    except UserError as error:
+        return reason(error, path)
+
+
+def _member(name: str, image: np.ndarray, grain_diameter_px: float, preparation: Preparation) -> mixture.Member:
+    """A prepared image, in whose pixels its grains' diameter is, as the checks of its folder see it."""
+    view = mixture.GRAIN_PX / preparation.grain_diameter_px
+    seen = prepare(image / np.float32(255), view, mixture.CLAHE_CLIP, mixture.CLAHE_TILE_PX)
+    return mixture.Member.of(name, seen, grain_diameter_px * view)
 
 
 def _resampled_um(survey: _Survey, preparation: Preparation, scale: float) -> float | None:

@@ -138,6 +138,9 @@ class Preparation:
         Pixel size of files when neither they nor the caller tell, um.
     bright_boundaries : bool or None
         Whether boundaries are brighter than grains in the set; None: unclear, or bright in some files and dark in others.
+    usual_scale : float or None
+        Median resampling factor of the set. A later session's files without a pixel size are taken at it, so that a changed
+        magnification shows.
     """
 
     target_pixel_size_um: float | None
@@ -151,6 +154,7 @@ class Preparation:
     min_contrast: float
     default_pixel_size_um: float | None
     bright_boundaries: bool | None = None
+    usual_scale: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
@@ -249,10 +253,11 @@ class Preparation:
         if inspection.refused is not None:
             raise ValueError(inspection.refused)
         image, scale = self.resample(micrograph.image[:inspection.bar_row], self.pixel_size(micrograph, pixel_size_um))
-        self._check_polarity(image)
+        self.check_polarity(image)
         return Prepared(image, scale, inspection.bar_row)
 
-    def _check_polarity(self, image: np.ndarray) -> None:
+    def check_polarity(self, image: np.ndarray) -> None:
+        """Refuse a prepared image whose boundaries are bright where those of the set are dark, or the other way round; ValueError."""
         bright = has_bright_boundaries(image)
         if None not in (bright, self.bright_boundaries) and bright != self.bright_boundaries:
             here, there = ("bright", "dark") if bright else ("dark", "bright")

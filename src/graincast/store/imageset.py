@@ -336,8 +336,12 @@ class ImageSetWriter:
         manifest.to_parquet(self._partial / "manifest.parquet", index=False)
         (self._partial / "set.json").write_text(json.dumps({"format": FORMAT, "kind": self.kind, **self.info}, indent=1, sort_keys=True))
 
+    def reasons(self) -> list[str]:
+        """What was refused, and why."""
+        return [f"{row['source'] or row['id']}: {row['refused']}" for row in self._rows if row["refused"]]
+
     def _reasons(self) -> str:
-        refused = [f"{row['source'] or row['id']}: {row['refused']}" for row in self._rows if row["refused"]]
+        refused = self.reasons()
         return ("; " + "; ".join(refused[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")) if refused else ""
 
 

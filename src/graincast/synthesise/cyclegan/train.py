@@ -29,6 +29,7 @@ from graincast.compute import (
     random_crop,
     save_weights,
     seeded,
+    state_arrays,
 )
 from graincast.config import Augment
 from graincast.errors import UserError
@@ -48,6 +49,9 @@ AVERAGING = 0.98
 """Decay a step of the running average of the generators' weights, which is what is kept (Yazici et al. 2019)."""
 TEXTURE_PX = 3
 """Side of the window below which a micrograph's detail counts as texture, which the cycle need not bring back, px."""
+WARM_UP = 0.1
+"""Share of the steps over which the learning rate of generators that were taken over rises: what new discriminators say at
+first is noise, which would undo what the generators know."""
 POLARITY_MARGIN = 0.3
 """Correlation of input and output detail below which the guard against contrast inversion pushes back."""
 
@@ -121,7 +125,8 @@ class CycleGAN:
 
 
 def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], config: TranslatorConfig, *,
-                   bright_boundaries: bool = False, log: Log | None = None, checkpoint: Checkpoint | None = None) -> CycleGAN:
+                   bright_boundaries: bool = False, log: Log | None = None, checkpoint: Checkpoint | None = None,
+                   start: CycleGAN | None = None) -> CycleGAN:
     """Learn how a microscope makes grains look, from unpaired images.
 
     Parameters
@@ -138,6 +143,10 @@ def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.
         Called with (step, losses) at every step.
     checkpoint : graincast.checkpoint.Checkpoint, optional
         Where the training goes on from, and leaves its state, in case it is interrupted.
+    start : CycleGAN, optional
+        Whose generators are taken as the first weights; None: they are drawn. Tones, noise and discriminators, which tell
+        one look from another, are new in any case, and the generators' learning rate rises over the first `WARM_UP` of the
+        steps, until the discriminators can tell.
 
     Returns
     -------
@@ -147,18 +156,21 @@ def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.
     Raises
     ------
     UserError
-        If no picture, or no micrograph, is as large as a crop.
+        If no picture, or no micrograph, is as large as a crop, or `start` has networks of other sizes or was trained on
+        boundaries of the other polarity.
     """
+    _check_start(start, config, bright_boundaries)
     micrographs = _large_enough(micrographs, config.crop, "micrographs", "translator.crop")
     _large_enough([picture for picture, _ in morphologies], config.crop, "simulated pictures", "simulate.size")
     tones = match_tones(morphologies, micrographs, bright_boundaries)
     shown = [(tones.apply(picture, labels), labels) for picture, labels in morphologies if min(picture.shape) >= config.crop]
     device = pick_device(config.device)
     with seeded(config.seed):
-        training = _Training(config, device)
+        training = _Training(config, device, start)
         training.set_noise(float(np.median([noise_level(image / np.float32(255)) for image in micrographs])))
         checkpoint = checkpoint or Checkpoint()
-        done = checkpoint.resume(training.parts(), device, [config.model_dump(), *itertools.chain(*shown), *micrographs], log)
+        made_of = [config.model_dump(), *itertools.chain(*shown), *micrographs, *(state_arrays(start.forward, start.backward) if start else [])]
+        done = checkpoint.resume(training.parts(), device, made_of, log)
         batches = ahead(partial(_batch, shown, micrographs, config), range(done, config.steps), threads=background_threads(device))
         progress = tqdm(batches, desc="translator", unit="step", initial=done, total=config.steps, disable=None)
         for step, batch in enumerate(progress, done):
@@ -170,23 +182,40 @@ def train_cyclegan(morphologies: Sequence[Morphology], micrographs: Sequence[np.
     return CycleGAN(training.mean_f.eval(), training.mean_g.eval(), tones, bright_boundaries, config.model_dump())
 
 
+def _check_start(start: CycleGAN | None, config: TranslatorConfig, bright_boundaries: bool) -> None:
+    if start is None:
+        return
+    for key in ("filters", "residual_blocks"):
+        if start.config[key] != getattr(config, key):
+            raise UserError(f"translator.{key} is {getattr(config, key)}, that of the translator to start from {start.config[key]}; "
+                            "the same would be right")
+    if start.bright_boundaries != bright_boundaries:
+        here, there = ("bright", "dark") if bright_boundaries else ("dark", "bright")
+        raise UserError(f"boundaries are {here} in the micrographs and {there} in those of the translator to start from; "
+                        "a training from the start (graincast train) would be right")
+
+
 Net = TypeVar("Net", Generator, Discriminator)
 
 
 class _Training:
     """Networks, optimisers and history pools of one training."""
 
-    def __init__(self, config: TranslatorConfig, device: torch.device) -> None:
+    def __init__(self, config: TranslatorConfig, device: torch.device, start: CycleGAN | None = None) -> None:
         self.config, self.device = config, device
         self.f = self._place(Generator(config.filters, config.residual_blocks, noise=True))
         self.g = self._place(Generator(config.filters, config.residual_blocks, noise=False))
         self.d_sem, self.d_sim = (self._place(Discriminator(config.filters)) for _ in range(2))
+        if start:
+            self.f.load_state_dict(start.forward.state_dict())
+            self.g.load_state_dict(start.backward.state_dict())
         self.mean_f, self.mean_g = copy.deepcopy(self.f), copy.deepcopy(self.g)
         self.pool_sem, self.pool_sim = _Pool(config.pool, config.seed), _Pool(config.pool, config.seed + 1)
         generators = itertools.chain(self.f.parameters(), self.g.parameters())
         discriminators = itertools.chain(self.d_sem.parameters(), self.d_sim.parameters())
         self.optimisers = [torch.optim.Adam(p, config.learning_rate, betas=(0.5, 0.999)) for p in (generators, discriminators)]
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._decay) for o in self.optimisers]
+        factors = (self._warm_up if start else self._decay, self._decay)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o, factor in zip(self.optimisers, factors, strict=True)]
 
     def set_noise(self, level: float) -> None:
         """Give F the micrographs' own noise, as a fraction of full scale."""
@@ -208,6 +237,9 @@ class _Training:
     def _decay(self, step: int) -> float:
         start = self.config.decay_from * self.config.steps
         return 1.0 if step < start else max(0.0, (self.config.steps - step) / max(self.config.steps - start, 1.0))
+
+    def _warm_up(self, step: int) -> float:
+        return self._decay(step) * min(1.0, (step + 1) / max(WARM_UP * self.config.steps, 1.0))
 
     def step(self, sim: torch.Tensor, sem: torch.Tensor) -> dict[str, float]:
         """One step of the generators, then one of the discriminators; returns the losses."""
