@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""Exceptions for what a user can mend."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints the sentence alone; everything else is a defect and keeps its traceback.
     """
+
+
+class Unavailable(UserError):
+    """A store or server that does not answer at the moment: nobody's mistake, so what waits for it is tried again and not given up."""

@@ -31,7 +31,7 @@ from graincast.inference import segment_files
 from graincast.microscope.ingest import ingest, ingest_session
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.virtual_sem import write_session
-from graincast.monitor.drift import Drift, Reference, column_bounds, describe_session, judge, make_reference, place
+from graincast.monitor.drift import FEWEST_IMAGES, Drift, Reference, column_bounds, describe_session, judge, make_reference, place
 from graincast.report import session as session_report
 from graincast.segment.segmenter import Segmenter
 from graincast.segment.train import train_segmenter
@@ -43,7 +43,7 @@ from graincast.synthesise.generate import synthesise
 from graincast.synthesise.polarity import boundaries_are_bright
 
 HISTORY, REALISM = "history.csv", "realism"
-SESSION_IMAGES, SESSION_GATE = "images", "gate"
+SESSION_IMAGES, SESSION_GATE, UNTESTED, EVIDENTLY = "images", "gate", "untested.json", "evidently.html"
 WRITTEN = ("height", "width", "checksum", "refused")
 """Columns of a manifest that `ImageSetWriter.add` fills in by itself."""
 
@@ -255,8 +255,14 @@ def run_promotion_evidence(config: settings.Promotion, challenger: Path, champio
 def run_reference(config: settings.Drift, segmenter: Path, micrographs: ImageSet, synthetic: ImageSet, out: Path) -> Path:
     """What in-control sessions look like to a champion, in `out` (`graincast.monitor.drift.Reference`).
 
-    `micrographs` are those that its translator learned from, `synthetic` the images that it was trained on.
+    `micrographs` are those that its translator learned from, `synthetic` the images that it was trained on. Too few of the
+    former cannot tell how much sessions differ: then ``untested.json`` says so, to `run_drift`, too.
     """
+    if len(micrographs) < FEWEST_IMAGES:
+        with whole_folder(out) as folder:
+            (folder / UNTESTED).write_text(json.dumps({"sentence": f"Drift was not tested: the champion learned from {len(micrographs)} "
+                                                       f"micrographs, and {FEWEST_IMAGES} at least tell how much they differ."}))
+        return out
     reference = make_reference(config, Segmenter.load(segmenter), micrographs, synthetic)
     reference.facts.update(segmenter=folder_digest(segmenter), parents={"micrographs": micrographs.digest, "synthetic": synthetic.digest})
     with whole_folder(out) as folder:
@@ -266,13 +272,17 @@ def run_reference(config: settings.Drift, segmenter: Path, micrographs: ImageSet
 
 def run_drift(config: settings.Drift, reference: Path, segmenter: Path, session: ImageSet, out: Path) -> Path:
     """The verdict on a session in `out`: ``drift.json`` (`graincast.monitor.drift.Drift`), ``descriptors.parquet`` (a row an image),
-    ``patches.parquet``, ``drift.png`` and ``evidently.html``.
+    ``patches.parquet``, ``drift.png`` and ``evidently.html``; of a reference of too few micrographs the first alone.
 
     `session` is prepared as the champion's micrographs were; `reference` is the champion's own.
     """
     from graincast.monitor.evidently_report import write_report
     from graincast.report.drift_figure import drift_figure
 
+    if (reference / UNTESTED).exists():
+        with whole_folder(out) as folder:
+            Drift(False, "none", "none", False, [], json.loads((reference / UNTESTED).read_text())["sentence"], {}).save(folder)
+        return out
     known = Reference.load(reference)
     if known.facts["segmenter"] != folder_digest(segmenter):
         raise UserError(f"the drift reference {reference} was made for another segmenter than {segmenter}; the champion's own would be right")
@@ -282,7 +292,7 @@ def run_drift(config: settings.Drift, reference: Path, segmenter: Path, session:
         placed.images.to_parquet(folder / "descriptors.parquet", index=False)
         described.patches.to_parquet(folder / "patches.parquet", index=False)
         (folder / "drift.png").write_bytes(drift_figure(known, verdict, placed.places))
-        of_columns = write_report(known.images, placed.images, column_bounds(known, config, placed.images), folder / "evidently.html",
+        of_columns = write_report(known.images, placed.images, column_bounds(known, config, placed.images), folder / EVIDENTLY,
                                   verdict.sentence)
         replace(verdict, scores=verdict.scores | of_columns).save(folder)
     return out
@@ -317,16 +327,17 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
     gate = Gate.load(session / SESSION_GATE)
     verdict = Drift.load(drift) if drift else None
     decided = Decision.load(decision) if decision else None
-    charts = {"Where the session lies": drift / "drift.png"} if drift else {}
+    tested = drift is not None and (drift / EVIDENTLY).exists()
+    charts = {"Where the session lies": drift / "drift.png"} if drift and tested else {}
     page = session_report.SessionReport(
         name, int(gate.figures.get("images", 0)), gate.quarantined, gate.failures, docs=f"{SESSION_GATE}/index.html", segmentation=grains,
         verdict=verdict.sentence if verdict else None, moved=session_report.moved_rows(verdict) if verdict else (),
-        charts={**charts, **({"Drift of the sessions so far": history} if history else {})}, evidently="evidently.html" if drift else None,
+        charts={**charts, **({"Drift of the sessions so far": history} if history else {})}, evidently=EVIDENTLY if tested else None,
         decision=session_report.decision_sentences(decided), evidence=session_report.evidence_table(decided), run=run or {})
     with whole_folder(out) as folder:
         shutil.copytree(session / SESSION_GATE, folder / SESSION_GATE)
-        if drift:
-            shutil.copy2(drift / "evidently.html", folder)
+        if drift and tested:
+            shutil.copy2(drift / EVIDENTLY, folder)
         (folder / "report.html").write_text(session_report.build_session_report(page), encoding="utf-8")
         told = {"headline": session_report.headline(page), "figures": session_report.figures(page, verdict),
                 "alerts": session_report.alerts(page, verdict, decided)}

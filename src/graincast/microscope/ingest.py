@@ -103,7 +103,7 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
         if missing := mixture.too_few(members):
             raise UserError(f"{folder}: {missing}")
         writer.info["preparation"] = replace(preparation, bright_boundaries=mixture.common_polarity(members),
-                                             usual_scale=float(np.median(scales))).to_dict()
+                                             usual_scale=float(np.median(scales)) if scales else None).to_dict()
         writer.info["warnings"] = mixture.warnings(members)
         writer.info["groups"] = [[member.name for member in group] for group in mixture.group_by_look(members)]
     for sentence in writer.info["warnings"]:

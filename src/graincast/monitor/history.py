@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError
 from graincast.store.tracking import ensure_experiment
 
 if TYPE_CHECKING:
@@ -205,4 +205,4 @@ def _store() -> Iterator[MlflowClient]:
         yield MlflowClient()
     except (MlflowException, SQLAlchemyError, OSError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"the drift history in MLflow cannot be reached: {said}; it is tried again with the next session") from error
+        raise Unavailable(f"the drift history in MLflow cannot be reached: {said}; it is tried again with the next session") from error

@@ -41,7 +41,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError
 from graincast.store.imageset import folder_digest, whole_folder
 from graincast.store.tracking import active_run_id, ensure_experiment
 
@@ -762,7 +762,7 @@ def _locked() -> Iterator[MlflowClient]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"another promotion holds {path} since {LOCK_SECONDS:.0f} s; try again when it is through") from None
+        raise Unavailable(f"another promotion holds {path} since {LOCK_SECONDS:.0f} s; try again when it is through") from None
     except OSError as error:
         raise UserError(f"the registry cannot be locked, {path}: {error.strerror or error}") from error
     try:
@@ -804,7 +804,7 @@ def _store() -> Iterator[MlflowClient]:
     try:
         yield MlflowClient()
     except (MlflowException, SQLAlchemyError) as error:
-        raise UserError(f"the model registry {_shown(uri)} {_complaint(error)}") from error
+        raise Unavailable(f"the model registry {_shown(uri)} {_complaint(error)}") from error
     finally:
         chatter.setLevel(level)
         for name in unset:
