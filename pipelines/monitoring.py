@@ -16,7 +16,7 @@ from zenml import pipeline
 
 from graincast import preflight
 from graincast.config import Config, parse_config
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError
 from graincast.monitor.drift import Drift
 from graincast.monitor.inbox import Ledger, Session, look_into
 from pipelines.recalibration import recalibrate
@@ -43,19 +43,25 @@ def monitoring_pipeline(config: dict[str, Any]) -> None:
 
 
 def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence[Any]) -> None:
-    """Process one session and note in the ledger what became of it; a defect ends the run, bad data do not."""
+    """Process one session and note in the ledger what became of it; what is no fault of the session's ends the run."""
     try:
         result = _process(session, settings, model)
-    except UserError as error:
-        if ledger.failed(session, str(error)):
-            alert("session set aside", f"session '{session.name}' failed too often and is set aside: {error}")
-        else:
-            alert("session failed", f"session '{session.name}' failed and is tried again: {error}")
-    except Exception:
-        ledger.failed(session, traceback.format_exc(limit=1).strip().splitlines()[-1])
-        raise
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].strip()
+        if _is_down(error):
+            ledger.release(session, sentence)
+            raise
+        again = "failed too often and is set aside" if ledger.failed(session, sentence) else "failed and is tried again"
+        alert("session failed", f"session '{session.name}' {again}: {sentence}")
+        if not isinstance(error, UserError):
+            raise
     else:
         ledger.done(session, result)
+
+
+def _is_down(error: Exception) -> bool:
+    """Whether a store or server did not answer, by its own or its client's exception."""
+    return isinstance(error, Unavailable) or type(error).__module__.partition(".")[0] in ("mlflow", "sqlalchemy", "requests", "urllib3")
 
 
 def _process(session: Session, settings: Config, model: Sequence[Any]) -> dict[str, Any]:
@@ -76,6 +82,8 @@ def _recalibrated(name: str, settings: Config, segmenter: Any, session: Any) -> 
     """The decision on a recalibrated model; None where recalibration failed, which does not undo what was found in the session."""
     try:
         return recalibrate(settings, segmenter, session)
+    except Unavailable:
+        raise
     except UserError as error:
         alert("recalibration failed", f"session '{name}': {error}")
         return None

@@ -38,7 +38,7 @@ def report_session(name: str, digest: str, champion: int, session: Artifact, gra
     from graincast.stages import run_session_report
 
     tags = {key: value for key, value in run_tags(session=session.digest).items() if value}
-    chart = _history(name, digest, drift, champion, tags) if drift else None
+    chart = _history(name, digest, drift, champion, tags) if drift and Drift.load(drift.path).scores else None
     folder = run_session_report(name, session.path, output_folder("report"), grains=grains and grains.path, drift=drift and drift.path,
                                 decision=decision and decision.path, history=chart, run={"model": f"version {champion}", "content": digest, **tags})
     told = json.loads((folder / "session.json").read_text())
@@ -50,7 +50,7 @@ def report_session(name: str, digest: str, champion: int, session: Artifact, gra
 
 def _history(name: str, digest: str, drift: Artifact, champion: int, tags: Mapping[str, str | None]) -> Path:
     """Note the verdict beside those of the sessions before, and draw them all."""
-    history.record(name, digest, Drift.load(drift.path), champion=str(champion), tags=tags, files=[drift.path / "evidently.html"])
+    history.record(name, digest, Drift.load(drift.path), champion=str(champion), tags=tags, files=sorted(drift.path.glob("*.html")))
     chart = output_folder("history") / "drift_history.png"
     chart.parent.mkdir(parents=True)
     return history.draw_history(history.history(), chart)

@@ -34,7 +34,8 @@ TINY = {
     "segmenter": {"epochs": 2, "crop": 64},
     "evaluate": {"require_plausible": False},
 }
-STEPS = ["simulate", "virtual_session", "ingest_virtual", "train_translator", "synthesise", "train_segmenter", "evaluate_virtual", "report"]
+STEPS = ["simulate", "virtual_session", "ingest_virtual", "gate_library", "gate_micrographs", "train_translator", "synthesise", "gate_synthetic",
+         "train_segmenter", "evaluate_virtual", "report", "drift_reference", "promote"]
 PIPELINE = "pipelines.training.training_pipeline"
 
 pytestmark = pytest.mark.slow
@@ -117,7 +118,7 @@ def test_completes_and_shows_what_it_found(checkout: Checkout, first_run: subpro
 def test_every_dataset_is_in_dvc_and_only_pointers_in_zenml(checkout: Checkout, first_run):
     outputs = checkout.ask("print(json.dumps({name: out[0].run_metadata for step in run.steps.values() for name, out in step.outputs.items()}))")
     versioned = {name: metadata for name, metadata in outputs.items() if "dvc_md5" in metadata}
-    assert len(versioned) == 11
+    assert len(versioned) == 16
     for metadata in versioned.values():
         md5 = metadata["dvc_md5"]
         assert (checkout.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).is_file()
@@ -163,15 +164,15 @@ def test_segments_files_with_the_registered_model(checkout: Checkout, first_run)
 def test_an_unchanged_run_comes_from_the_cache(checkout: Checkout, first_run):
     done = checkout.run(checkout.configure("tiny.yaml"))
     assert done.returncode == 0, done.stdout
-    assert checkout.steps() == {**dict.fromkeys(STEPS, "cached"), "report": "completed"}
+    assert checkout.steps() == {**dict.fromkeys(STEPS, "cached"), "report": "completed", "promote": "completed"}
     assert "local threshold" in done.stdout
 
 
 def test_another_learning_rate_trains_and_evaluates_only(checkout: Checkout, first_run):
     done = checkout.run(checkout.configure("other.yaml", segmenter={"learning_rate": 2e-3}))
     assert done.returncode == 0, done.stdout
-    fresh = [name for name, status in checkout.steps().items() if status == "completed"]
-    assert fresh == ["train_segmenter", "evaluate_virtual", "report"]
+    fresh = {name for name, status in checkout.steps().items() if status == "completed"}
+    assert fresh == {"train_segmenter", "evaluate_virtual", "report", "drift_reference", "promote"}
 
 
 def test_a_model_that_finds_nothing_is_reported_but_not_registered(checkout: Checkout, first_run):
@@ -200,7 +201,8 @@ def test_dvc_repro_gives_the_same_hashes(checkout: Checkout, first_run):
         "data/session": "virtual_session", "data/micrographs": "micrographs", "data/translator": "translator", "data/segmenter": "segmenter",
         "data/morphologies/translator": "translator_morphologies", "data/morphologies/synthetic": "synthetic_morphologies",
         "data/morphologies/validation": "validation_morphologies", "data/synthetic/training": "synthetic_training",
-        "data/synthetic/validation": "synthetic_validation", "data/evaluation": "evaluation",
+        "data/synthetic/validation": "synthetic_validation", "data/evaluation": "evaluation", "data/drift_reference": "drift_reference",
+        "data/gates/library": "library_gate", "data/gates/micrographs": "micrographs_gate", "data/gates/synthetic": "synthetic_gate",
     }
     assert by_road == {path: outputs[name] for path, name in same.items()}
 

@@ -544,6 +544,8 @@ np.save("labels.npy", served.predict(np.load("example.npy")[None]))
 COMMANDS = {
     "virtual-sem": ["run_virtual_sem"], "simulate": ["run_simulate"], "ingest": ["run_ingest"], "train-translator": ["run_train_translator"],
     "synthesise": ["run_synthesise"], "train-segmenter": ["run_train_segmenter"], "evaluate": ["run_evaluate", "masked_files"],
+    "gate-library": ["run_gate_library"], "gate-micrographs": ["run_gate_session"], "gate-synthetic": ["run_gate_synthetic"],
+    "drift-reference": ["run_reference"],
 }  # fmt: skip
 
 

@@ -309,6 +309,35 @@ def _stage_ingest(config: Config, data: Path) -> None:
     run_ingest(config.ingest, source, ImageSet(data / "morphologies" / "translator"), data / "micrographs", masks)
 
 
+def _stage_gate_library(config: Config, data: Path) -> None:
+    from graincast.stages import run_gate_library
+    from graincast.store.imageset import ImageSet
+
+    run_gate_library(config.gates, ImageSet(data / "morphologies" / "synthetic"), data / "gates" / "library")
+
+
+def _stage_gate_micrographs(config: Config, data: Path) -> None:
+    from graincast.stages import run_gate_session
+    from graincast.store.imageset import ImageSet
+
+    run_gate_session(config.gates, ImageSet(data / "micrographs"), data / "gates" / "micrographs")
+
+
+def _stage_gate_synthetic(config: Config, data: Path) -> None:
+    from graincast.stages import run_gate_synthetic
+    from graincast.store.imageset import ImageSet
+
+    run_gate_synthetic(config.gates, ImageSet(data / "synthetic" / "training"), ImageSet(data / "micrographs"), data / "gates" / "synthetic")
+
+
+def _stage_drift_reference(config: Config, data: Path) -> None:
+    from graincast.stages import run_reference
+    from graincast.store.imageset import ImageSet
+
+    micrographs, training = ImageSet(data / "micrographs"), ImageSet(data / "synthetic" / "training")
+    run_reference(config.drift, data / "segmenter", micrographs, training, data / "drift_reference")
+
+
 def _stage_train_translator(config: Config, data: Path) -> None:
     from graincast.checkpoint import Checkpoint
     from graincast.stages import run_train_translator
@@ -352,8 +381,12 @@ STAGES: dict[str, Callable[[Config, Path], None]] = {
     "virtual-sem": _stage_virtual_sem,
     "simulate": _stage_simulate,
     "ingest": _stage_ingest,
+    "gate-library": _stage_gate_library,
+    "gate-micrographs": _stage_gate_micrographs,
     "train-translator": _stage_train_translator,
     "synthesise": _stage_synthesise,
+    "gate-synthetic": _stage_gate_synthetic,
     "train-segmenter": _stage_train_segmenter,
     "evaluate": _stage_evaluate,
+    "drift-reference": _stage_drift_reference,
 }

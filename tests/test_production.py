@@ -1,0 +1,165 @@
+"""The loop in production in a subprocess: a champion, sessions in an inbox, drift, recalibration, promotion, kill -9.
+
+A champion that is good enough is trained in less than a minute of CPU time: small virtual micrographs, ten structures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graincast.config import VirtualSem, VirtualSession
+from graincast.microscope.virtual_sem import write_session
+from tests.test_pipeline import Checkout
+
+CONFIG = {
+    "session": {"folder": None, "masks": None, "virtual": {"micrographs": 5, "held_out": 1, "size": 256}},
+    "simulate": {"translator_structures": 2, "synthetic_structures": 10, "validation_structures": 4, "size": 128, "grains": 12, "steps": 300},
+    "translator": {"steps": 12, "crop": 64, "filters": 8},
+    "synthesise": {"min_fidelity": -1.0},
+    "segmenter": {"epochs": 10, "crop": 64, "batch": 4, "crops_per_image": 2},
+    "promotion": {"old_look_loss": 0.3, "label_free_loss": 0.5, "margin": 0.0},
+    "monitoring": {"inbox": "inbox", "settle_seconds": 0},
+    "recalibration": {"translator_steps": 4, "segmenter_epochs": 2},
+}
+MONITOR = "zenml pipeline run pipelines.monitoring.monitoring_pipeline -c production.yaml"
+CHANGED = VirtualSem(gain=1.25, offset=0.12, electrons=100, channelling=0.16)
+"""A look that counts as drift."""
+
+pytestmark = pytest.mark.slow
+
+
+class Lab(Checkout):
+    """A checkout with an inbox."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        (root / "production.yaml").write_text(yaml.safe_dump({"parameters": {"config": CONFIG}}))
+
+    def deliver(self, name: str, seed: int, sem: VirtualSem | None = None) -> Path:
+        """A session in the inbox."""
+        made = self.root / "made" / name
+        write_session(VirtualSession(micrographs=5, held_out=0, size=256, seed=seed, sem=sem or VirtualSem()), made)
+        return Path(shutil.copytree(made / "micrographs", self.root / "inbox" / name))
+
+    def ledger(self) -> dict[str, dict[str, Any]]:
+        """What is known of every session, by name."""
+        records = [json.loads(file.read_text()) for file in (self.root / ".graincast" / "monitoring" / "ledger").glob("*.json")]
+        return {record["name"]: record for record in records if "digest" in record}
+
+    def aliases(self) -> dict[str, int]:
+        return dict(self.mlflow("select alias, version from registered_model_aliases"))
+
+    def loads_its_champion(self) -> bool:
+        return self.run("python -c 'from graincast.store import registry; registry.load_segmenter(\"champion\")'").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    trained = made.run("zenml pipeline run pipelines.training.training_pipeline -c production.yaml")
+    assert trained.returncode == 0, trained.stdout
+    assert "model 1: promoted" in trained.stdout
+    return made
+
+
+def test_first_model_passes_floors_and_is_on_record(lab: Lab):
+    assert lab.aliases() == {"champion": 1}
+    shown = lab.run("COLUMNS=300 graincast models --history").stdout
+    assert "promote 1" in shown
+    [(decisions,)] = lab.mlflow("select count(*) from runs join experiments using (experiment_id) where experiments.name = 'graincast-decisions'")
+    assert decisions == 1
+
+
+def test_session_in_control_is_segmented_and_its_bad_files_are_set_aside(lab: Lab):
+    session = lab.deliver("in control", seed=7)
+    (session / "empty.tif").touch()
+    (session / "text.tif").write_text("no image")
+    (session / "link.tif").symlink_to("/etc/hostname")
+    (lab.root / "inbox" / "half").mkdir()
+    (lab.root / "inbox" / "half" / "a.tif.part").write_bytes(b"II*")
+    done = lab.run(MONITOR)
+    assert done.returncode == 0, done.stdout
+    record = lab.ledger()["in control"]
+    assert (record["state"], record["failures"]) == ("done", 0)
+    assert record["result"]["images"] == 5
+    assert record["result"]["grains"] > 150
+    assert lab.steps()["test_drift"] == "completed"
+    assert "recalibrate_translator" not in lab.steps()
+    told = (lab.root / ".graincast" / "monitoring" / "alerts.jsonl").read_text()
+    assert all(name in told for name in ("empty.tif", "text.tif", "link.tif"))
+    assert "root" not in told
+    assert "half" not in lab.ledger()
+    report = next((lab.root / "runs").glob("monitoring*/report_session/report"))
+    assert (report / "evidently.html").exists()
+    assert (report / "gate" / "index.html").exists()
+    assert len(list(report.parent.parent.glob("segment_session/grains/*_labels.tif"))) == 5
+    again = lab.run(MONITOR)
+    assert again.returncode == 0, again.stdout
+    assert lab.ledger()["in control"]["claims"] == record["claims"]  # processed once
+
+
+def test_inference_pipeline_segments_a_folder(lab: Lab):
+    done = lab.run("zenml pipeline run pipelines.inference.inference_pipeline -c production.yaml")
+    assert done.returncode == 0, done.stdout
+    assert len(list((lab.root / "runs").glob("inference*/segment_session/grains/*_labels.tif"))) == 5
+
+
+@pytest.fixture
+def killer(lab: Lab) -> Iterator[Any]:
+    """Start the monitor, kill -9 it and all its children some time after a step starts; how far it came."""
+    started: list[subprocess.Popen[str]] = []
+
+    def kill_in(step: str, after: float) -> None:
+        process = lab.start(f"PYTHONUNBUFFERED=1 {MONITOR}")
+        started.append(process)
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith(f"Step `{step}` has started"):
+                time.sleep(after)
+                break
+        else:
+            pytest.fail(f"the step {step} never started")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    yield kill_in
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_kill_9_loses_nothing_and_repeats_nothing(lab: Lab, killer: Any):
+    lab.deliver("changed", seed=9, sem=CHANGED)
+    for step, after in (("check_session", 0.5), ("recalibrate_translator", 1.5), ("promote", 2.0), ("report_session", 0.0)):
+        killer(step, after)
+        assert lab.ledger()["changed"]["state"] == "claimed"
+        assert lab.loads_its_champion()
+    done = lab.run(MONITOR)
+    assert done.returncode == 0, done.stdout
+    record = lab.ledger()["changed"]
+    assert (record["state"], record["failures"]) == ("done", 0)
+    assert [claim["ended"] for claim in record["claims"]] == ["died"] * 4 + ["done"]
+    assert lab.loads_its_champion()
+    [(verdicts,)] = lab.mlflow("select count(*) from runs join experiments using (experiment_id) join tags using (run_uuid) "
+                               "where experiments.name = 'graincast-monitoring' and key = 'session' and value = 'changed'")
+    assert verdicts == 1
+    assert "recalibration" in (lab.root / ".graincast" / "monitoring" / "alerts.jsonl").read_text()
+
+
+def test_recalibrated_model_is_promoted_and_can_be_rolled_back(lab: Lab):
+    aliases = lab.aliases()
+    assert (aliases["champion"], aliases["previous"]) == (2, 1)
+    done = lab.run("graincast rollback --reason 'a test'")
+    assert done.returncode == 0, done.stdout
+    assert lab.aliases()["champion"] == 1
