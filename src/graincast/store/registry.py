@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from graincast.evaluate.promotion import Decision
     from graincast.segment.segmenter import Segmenter
 
+logger = logging.getLogger(__name__)
+
 MODEL = "graincast-segmenter"
 CHAMPION, CHALLENGER, PREVIOUS = ALIASES = ("champion", "challenger", "previous")
 DIGEST_TAG = "dvc.segmenter"
@@ -289,7 +291,11 @@ def _model_uri(client: MlflowClient, reference: str | None) -> str:
                 f"no model '{MODEL}' is registered in {_shown(client.tracking_uri)}; "
                 "train one (make demo) or set MLFLOW_TRACKING_URI (source env.sh)"
             )
-        reference = str(_aliases(client).get(CHAMPION, newest[0].version))
+        aliases = _aliases(client)
+        if CHAMPION not in aliases:
+            logger.warning("no version of %s is the champion; the newest, %s, is taken, which nobody promoted (graincast models --history says why)",
+                           MODEL, newest[0].version)
+        reference = str(aliases.get(CHAMPION, newest[0].version))
     if ":/" in reference:
         return reference
     return f"models:/{MODEL}/{reference}" if reference.isdecimal() else f"models:/{MODEL}@{reference}"
