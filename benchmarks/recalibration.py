@@ -52,7 +52,7 @@ FIRST_SEED = 11
 """Of the seeds that are reported; what is chosen here was chosen on smaller ones."""
 HELD_OUT = 8
 """Micrographs with masks that are scored in each look."""
-CHANGE: dict[str, float] = {"groove_depth_um": 0.09, "channelling": 0.3}
+CHANGE: dict[str, float] = {"groove_depth_um": 0.06, "channelling": 0.3}
 """Of the virtual SEM: the specimens are etched less and the detector sees more of the grains' orientations."""
 LOOKS = {"old": VirtualSem(), "new": VirtualSem.model_validate(CHANGE)}
 KEYS = ("ap50_before_drift", "ap50_drifted", "ap50_recalibrated", "ap50_scratch", "time_ratio", "ap50_old_look_loss")

@@ -349,7 +349,7 @@ class Recalibration(Section):
         5, ge=1,
         description="epochs at most of the segmenter, which starts from the champion's; an epoch sees every image of the new look once",
     )
-    segmenter_learning_rate: float = Field(5e-4, gt=0, description="Adam learning rate at its highest, in these epochs")
+    segmenter_learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest, in these epochs")
     replay: float = Field(
         0.5, ge=0,
         description="images of the old looks for each of the new that the segmenter sees, lest it forget the old; 0: none",
