@@ -19,6 +19,10 @@ from steps.stage import output_folder, run_tags, stage
 STATE = ROOT / ".graincast" / "monitoring"
 
 
+TOLD = {"images", "quarantined", "grains", "mean_equivalent_diameter_um", "columns_score", "embedding_score"}
+"""Figures of a session that an alert carries; the report and MLflow have all."""
+
+
 def alert(event: str, sentence: str, figures: Mapping[str, Any] | None = None) -> None:
     """Tell a person: the file and the log always, the stack's alerter where it has one."""
     alerts.alert(event, sentence, figures, STATE)
@@ -43,7 +47,7 @@ def report_session(name: str, digest: str, champion: int, session: Artifact, gra
                                 decision=decision and decision.path, history=chart, run={"model": f"version {champion}", "content": digest, **tags})
     told = json.loads((folder / "session.json").read_text())
     for event, sentence in told["alerts"].items():
-        alert(event, f"session '{name}': {sentence}", told["figures"])
+        alert(event, f"session '{name}': {sentence}", {key: told["figures"][key] for key in told["figures"].keys() & TOLD})
     print(f"session '{name}': {told['headline']}; report: {os.path.relpath(folder / 'report.html', ROOT)}")
     return Artifact(folder, "session report")
 
