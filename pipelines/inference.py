@@ -22,4 +22,4 @@ def inference_pipeline(config: dict[str, Any]) -> None:
     session = check_session(settings.gates, segmenter, folder, digest)
     if why := failures(session.load()):
         raise UserError(f"nothing was segmented: {'; '.join(why)}")
-    segment_session(segmenter, session, folder, digest)
+    segment_session(settings.gates, segmenter, session, folder, digest)

@@ -70,7 +70,7 @@ def _process(session: Session, settings: Config, model: Sequence[Any]) -> dict[s
     checked = check_session(settings.gates, segmenter, folder, session.digest)
     if failures(checked.load()):
         return result_of(report_session(session.name, session.digest, version, checked, None, None, None).load())
-    grains = segment_session(segmenter, checked, folder, session.digest)
+    grains = segment_session(settings.gates, segmenter, checked, folder, session.digest)
     drift = test_drift(settings.drift, reference, segmenter, checked)
     verdict = Drift.load(drift.load().path)
     wanted = verdict.drifted and verdict.mendable and settings.monitoring.recalibrate

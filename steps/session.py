@@ -20,12 +20,12 @@ def check_session(config: Gates, segmenter: Artifact, folder: str, fingerprint: 
 
 
 @stage("run_segment_session")
-def segment_session(segmenter: Artifact, session: Artifact, folder: str, fingerprint: str) -> Annotated[Artifact, "grains"]:
+def segment_session(config: Gates, segmenter: Artifact, session: Artifact, folder: str, fingerprint: str) -> Annotated[Artifact, "grains"]:
     """Grain maps, overlays and tables of the files that passed."""
     from graincast.stages import SESSION_IMAGES, run_segment_session
 
     images = ImageSet(session.path / SESSION_IMAGES)
-    return Artifact(run_segment_session(segmenter.path, images, Path(folder), output_folder("grains")), "grains")
+    return Artifact(run_segment_session(config, segmenter.path, images, Path(folder), output_folder("grains")), "grains")
 
 
 @stage("run_drift")

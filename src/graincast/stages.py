@@ -325,17 +325,22 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
     `run_promotion_evidence` made, as far as the session came; `history` is a chart of the sessions before, `run` tells versions and hashes.
     """
     gate = Gate.load(session / SESSION_GATE)
+    measured = Gate.load(grains / SESSION_GATE) if grains else None
     verdict = Drift.load(drift) if drift else None
     decided = Decision.load(decision) if decision else None
     tested = drift is not None and (drift / EVIDENTLY).exists()
     charts = {"Where the session lies": drift / "drift.png"} if drift and tested else {}
     page = session_report.SessionReport(
-        name, int(gate.figures.get("images", 0)), gate.quarantined, gate.failures, docs=f"{SESSION_GATE}/index.html", segmentation=grains,
+        name, int(gate.figures.get("images", 0)), gate.quarantined, gate.failures,
+        warnings=[*gate.warnings, *(measured.failures + measured.warnings if measured else ())], docs=f"{SESSION_GATE}/index.html",
+        grain_docs="grains/index.html" if measured else None, segmentation=grains,
         verdict=verdict.sentence if verdict else None, moved=session_report.moved_rows(verdict) if verdict else (),
         charts={**charts, **({"Drift of the sessions so far": history} if history else {})}, evidently=EVIDENTLY if tested else None,
         decision=session_report.decision_sentences(decided), evidence=session_report.evidence_table(decided), run=run or {})
     with whole_folder(out) as folder:
         shutil.copytree(session / SESSION_GATE, folder / SESSION_GATE)
+        if grains:
+            shutil.copytree(grains / SESSION_GATE, folder / "grains")
         if drift and tested:
             shutil.copy2(drift / EVIDENTLY, folder)
         (folder / "report.html").write_text(session_report.build_session_report(page), encoding="utf-8")
@@ -345,16 +350,25 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
     return out
 
 
-def run_segment_session(segmenter: Path, session: ImageSet, source: Path, out: Path, pixel_size_um: float | None = None) -> Path:
-    """What the champion finds in the accepted files of a session: see `graincast.inference.segment_files`.
+def run_segment_session(config: settings.Gates, segmenter: Path, session: ImageSet, source: Path, out: Path) -> Path:
+    """What the champion finds in the accepted files of a session: see `graincast.inference.segment_files`; and the ``gate`` of the grains.
 
-    `session` says which files of the folder `source` passed the gate; the others are left alone. The files are segmented at
-    their own size, so that label maps and tables fit what the instrument wrote.
+    `session` says which files of the folder `source` passed the session's gate; the others are left alone. The files are
+    segmented at their own size, so that label maps and tables fit what the instrument wrote. Grains that do not pass, or are of
+    quite another size than the micrograph itself suggests, are told, not hidden.
     """
     files = [source / name for name in session.rows["source"]]
     with whole_folder(out) as folder:
-        segment_files(Segmenter.load(segmenter), files, folder, pixel_size_um)
+        segment_files(Segmenter.load(segmenter), files, folder)
+        (folder / SESSION_GATE).mkdir()
+        check_grains(read_grains(folder), config, _suggested_diameters(session)).save(folder / SESSION_GATE)
     return out
+
+
+def _suggested_diameters(session: ImageSet) -> dict[str, float]:
+    """Mean grain diameter that each micrograph itself suggests, in um where its pixel size is known and in px otherwise, by its name."""
+    pixel = session.rows["original_pixel_size_um"].fillna(1.0)
+    return {Path(name).stem: float(size) for name, size in zip(session.rows["source"], session.rows["grain_diameter_px"] * pixel, strict=True)}
 
 
 def run_join(sets: Sequence[ImageSet], out: Path, *, even: bool = False) -> ImageSet:

@@ -36,8 +36,10 @@ class SessionReport:
         File to why it was set aside.
     failures : sequence of str
         Why the session as a whole failed; none: it did not.
-    docs : str, optional
-        Address of the Data Docs, relative to the page.
+    warnings : sequence of str
+        What does not stop the session and should be known.
+    docs, grain_docs : str, optional
+        Addresses of the Data Docs of files and grains, relative to the page.
     segmentation : Path, optional
         What `graincast.inference.segment_files` wrote.
     verdict : str, optional
@@ -60,7 +62,9 @@ class SessionReport:
     images: int
     quarantined: Mapping[str, str] = field(default_factory=dict)
     failures: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     docs: str | None = None
+    grain_docs: str | None = None
     segmentation: Path | None = None
     verdict: str | None = None
     moved: Sequence[tuple[str, str, str]] = ()
@@ -81,7 +85,9 @@ def build_session_report(report: SessionReport) -> str:
         tiles=_tiles(report, found),
         failures=report.failures,
         quarantined=_quarantined(report.quarantined),
+        warnings=report.warnings,
         docs=report.docs,
+        grain_docs=report.grain_docs,
         grains=_grains(found),
         overlays=_overlays(report.segmentation),
         drift=report.verdict,
