@@ -16,7 +16,7 @@ from zenml import pipeline
 
 from graincast import preflight
 from graincast.config import Config, parse_config
-from graincast.errors import Unavailable, UserError
+from graincast.errors import Unavailable, UserError, is_down
 from graincast.monitor.drift import Drift
 from graincast.monitor.inbox import Ledger, Session, look_into
 from pipelines.recalibration import recalibrate
@@ -48,7 +48,7 @@ def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence
         result = _process(session, settings, model)
     except Exception as error:
         sentence = str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].strip()
-        if _is_down(error):
+        if is_down(error):
             ledger.release(session, sentence)
             raise
         again = "failed too often and is set aside" if ledger.failed(session, sentence) else "failed and is tried again"
@@ -57,11 +57,6 @@ def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence
             raise
     else:
         ledger.done(session, result)
-
-
-def _is_down(error: Exception) -> bool:
-    """Whether a store or server did not answer, by its own or its client's exception."""
-    return isinstance(error, Unavailable) or type(error).__module__.partition(".")[0] in ("mlflow", "sqlalchemy", "requests", "urllib3")
 
 
 def _process(session: Session, settings: Config, model: Sequence[Any]) -> dict[str, Any]:

@@ -12,3 +12,14 @@ class UserError(Exception):
 
 class Unavailable(UserError):
     """A store or server that does not answer at the moment: nobody's mistake, so what waits for it is tried again and not given up."""
+
+
+CLIENTS = ("mlflow", "sqlalchemy", "requests", "urllib3")
+SILENT = ("locked", "Max retries", "refused", "timed out", "unable to open database")
+"""Libraries that speak to stores and servers, and what they say of one that does not answer."""
+
+
+def is_down(error: BaseException) -> bool:
+    """Whether a store or server did not answer, by our own exception or by that of a library which spoke to it."""
+    foreign = type(error).__module__.partition(".")[0] in CLIENTS and any(words in str(error) for words in SILENT)
+    return isinstance(error, Unavailable) or foreign
