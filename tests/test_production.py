@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -155,6 +156,39 @@ def test_kill_9_loses_nothing_and_repeats_nothing(lab: Lab, killer: Any):
                                "where experiments.name = 'graincast-monitoring' and key = 'session' and value = 'changed'")
     assert verdicts == 1
     assert "recalibration" in (lab.root / ".graincast" / "monitoring" / "alerts.jsonl").read_text()
+
+
+STEPS = ("champion", "check_session", "segment_session", "test_drift", "session_images", "champion_data", "recalibrate_translator", "synthesise",
+         "gate_synthetic", "recalibrate_segmenter", "join_looks", "drift_reference", "promote", "report_session")
+
+
+@pytest.mark.proof
+def test_kill_9_at_every_boundary_and_in_the_middle_of_every_stage(lab: Lab, killer: Any):
+    """Monitoring and recalibration, killed 28 times over one session: twice at each stage, as it starts and half-way through."""
+    lab.deliver("rehearsal", seed=21, sem=CHANGED)
+    shown = lab.run(MONITOR).stdout
+    took = {name: float(seconds) for name, seconds in re.findall(r"Step `(\w+)` has finished in `([\d.]+)s`", shown)}
+    assert set(STEPS) <= set(took), shown
+    lab.deliver("killed", seed=22, sem=CHANGED)
+    for step in STEPS:
+        for after in (0.0, took[step] / 2):
+            killer(step, after)
+            assert lab.ledger().get("killed", {"state": "open"})["state"] in ("open", "claimed")
+        assert lab.loads_its_champion()
+    done = lab.run(MONITOR)
+    assert done.returncode == 0, done.stdout
+    record = lab.ledger()["killed"]
+    assert (record["state"], record["failures"]) == ("done", 0)
+    assert [claim["ended"] for claim in record["claims"][:-1]] == ["died"] * (len(record["claims"]) - 1)
+    assert lab.loads_its_champion()
+    [(verdicts,)] = lab.mlflow("select count(*) from runs join experiments using (experiment_id) join tags using (run_uuid) "
+                               "where experiments.name = 'graincast-monitoring' and key = 'session' and value = 'killed'")
+    assert verdicts == 1
+    whole = lab.ask("from steps import artifacts; "
+                    "print(json.dumps([out[0].load().path.is_dir() for step in run.steps.values() for name, out in step.outputs.items() "
+                    "if 'dvc_md5' in out[0].run_metadata]))")
+    assert len(whole) > 10
+    assert all(whole)
 
 
 def test_refused_model_can_be_promoted_by_hand_and_rolled_back(lab: Lab):
