@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zenml import pipeline
+from zenml.exceptions import RunInterruptedException, RunStoppedException
 
 from graincast import preflight
 from graincast.config import Config, parse_config
@@ -20,9 +21,10 @@ from graincast.errors import Unavailable, UserError, is_down
 from graincast.monitor.drift import Drift
 from graincast.monitor.inbox import Ledger, Session, look_into
 from pipelines.recalibration import recalibrate
+from steps.alerts import STATE, alert
 from steps.champion import champion
 from steps.session import check_session, failures, segment_session, test_drift
-from steps.session_report import STATE, alert, report_session, result_of
+from steps.session_report import note_drift, report_session, result_of
 
 
 @pipeline(dynamic=True)
@@ -36,16 +38,29 @@ def monitoring_pipeline(config: dict[str, Any]) -> None:
     look = look_into(Path(settings.monitoring.inbox), ledger, settings.monitoring.settle_seconds)
     for name, sentence in look.news.items():
         alert("session refused", f"session '{name}': {sentence}")
+    for name, sentence in look.waiting.items():
+        print(f"session '{name}' waits: {sentence}")
+    if not look.ready:
+        print(f"nothing to do: no session in {settings.monitoring.inbox} is whole and new")
+    defects = []
     for session in look.ready:
         model = champion()  # anew: the session before may have led to another one
         if ledger.claim(session):
-            _account(ledger, session, settings, model)
+            defects += _account(ledger, session, settings, model)
+    if defects:
+        raise defects[0]  # after the others had their turn
 
 
-def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence[Any]) -> None:
-    """Process one session and note in the ledger what became of it; what is no fault of the session's ends the run."""
+def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence[Any]) -> list[Exception]:
+    """Process one session and note in the ledger what became of it; returns the defect that showed, if one did.
+
+    A session fails by its own fault or a defect. What is nobody's ends the run, and the session waits for the next one.
+    """
     try:
-        result = _process(session, settings, model)
+        ledger.done(session, _process(session, settings, model))
+    except (RunInterruptedException, RunStoppedException):
+        ledger.release(session, "the run was stopped")
+        raise
     except Exception as error:
         sentence = str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].strip()
         if is_down(error):
@@ -53,32 +68,31 @@ def _account(ledger: Ledger, session: Session, settings: Config, model: Sequence
             raise
         again = "failed too often and is set aside" if ledger.failed(session, sentence) else "failed and is tried again"
         alert("session failed", f"session '{session.name}' {again}: {sentence}")
-        if not isinstance(error, UserError):
-            raise
-    else:
-        ledger.done(session, result)
+        return [] if isinstance(error, UserError) else [error]
+    return []
 
 
 def _process(session: Session, settings: Config, model: Sequence[Any]) -> dict[str, Any]:
-    folder = str(session.folder)
     segmenter, reference, version = model
+    about, folder = (session.name, session.digest, version), str(session.folder)
     checked = check_session(settings.gates, segmenter, folder, session.digest)
     if failures(checked.load()):
-        return result_of(report_session(session.name, session.digest, version, checked, None, None, None).load())
+        return result_of(report_session(*about, checked, None, None, None, None, None).load())
     grains = segment_session(settings.gates, segmenter, checked, folder, session.digest)
     drift = test_drift(settings.drift, reference, segmenter, checked)
+    noted = note_drift(*about, drift)
+    decision = failed = None
     verdict = Drift.load(drift.load().path)
-    wanted = verdict.drifted and verdict.mendable and settings.monitoring.recalibrate
-    decision = _recalibrated(session.name, settings, segmenter, checked) if wanted else None
-    return result_of(report_session(session.name, session.digest, version, checked, grains, drift, decision).load())
+    if verdict.drifted and verdict.mendable and settings.monitoring.recalibrate:
+        decision, failed = _recalibrated(settings, segmenter, checked)
+    return result_of(report_session(*about, checked, grains, drift, noted, decision, failed).load())
 
 
-def _recalibrated(name: str, settings: Config, segmenter: Any, session: Any) -> Any:
-    """The decision on a recalibrated model; None where recalibration failed, which does not undo what was found in the session."""
+def _recalibrated(settings: Config, segmenter: Any, session: Any) -> tuple[Any, str | None]:
+    """The decision on a recalibrated model, or why there is none: that recalibration failed does not undo what was found in the session."""
     try:
-        return recalibrate(settings, segmenter, session)
+        return recalibrate(settings, segmenter, session), None
     except Unavailable:
         raise
     except UserError as error:
-        alert("recalibration failed", f"session '{name}': {error}")
-        return None
+        return None, f"The recalibration failed: {error}"

@@ -11,7 +11,7 @@ from graincast.store.versioning import Artifact
 from steps.stage import output_folder, stage
 
 
-@stage("run_check_session")
+@stage("run_check_session", enable_cache=False)  # a drive that was away must not be remembered as a bad session
 def check_session(config: Gates, segmenter: Artifact, folder: str, fingerprint: str) -> Annotated[Artifact, "session"]:
     """The session's files, prepared as the champion's own, each checked; `fingerprint` is their content's."""
     from graincast.stages import run_check_session

@@ -38,8 +38,8 @@ from graincast.microscope.preparation import Preparation
 from graincast.microscope.quality import focus
 from graincast.microscope.reader import find_session_files, printable, read_micrograph
 from graincast.simulate.library import simulate_set
-from graincast.stages import run_gate_grains, run_gate_library, run_gate_session, run_gate_synthetic, run_ingest_session
-from graincast.store.gates import PAGE, Gate, check_grains, check_library, check_session, check_synthetic
+from graincast.stages import run_gate_library, run_gate_session, run_gate_synthetic, run_ingest_session
+from graincast.store.gates import PAGE, Gate, check_grains, check_library, check_session, check_synthetic, read_grains
 from graincast.store.imageset import ImageSet, ImageSetWriter
 from tests.test_microscope import REAL, grains, needs_real, to_bytes, write_fei
 
@@ -606,9 +606,10 @@ def test_impossible_grains_fail(table: pd.DataFrame, column: str, value: float, 
 def test_tables_of_a_folder(table: pd.DataFrame, tmp_path: Path) -> None:
     for name, rows in table.groupby("image_id"):
         rows.drop(columns="image_id").to_csv(tmp_path / f"{name}_grains.csv", index=False, float_format="%.6g")
-    assert Gate.load(run_gate_grains(Gates(), tmp_path, tmp_path / "gate")).figures["rows"] == len(table)
+    assert check_grains(read_grains(tmp_path), Gates()).figures["rows"] == len(table)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no table of grains"):
-        run_gate_grains(Gates(), tmp_path / "gate", tmp_path / "other")
+        read_grains(tmp_path / "empty")
     with pytest.raises(UserError, match="lacks the column 'area'"):
         check_grains(table.drop(columns="area_um2"), Gates())
     assert check_grains(table.iloc[:0], Gates()).failures == ["it holds no grains"]

@@ -14,7 +14,7 @@ def check(config: Config) -> None:
     ------
     UserError
         If a device, architecture or encoder is not to be had, the simulation is not stable, resolved or too large for the memory,
-        there are no micrographs, or the masks do not belong to them.
+        there are no micrographs, or masks (``session.masks``, ``promotion.fields``) do not belong to them.
     """
     default = Segmenter()
     # torch takes seconds to import, which a run from the cache need not spend on the settings that always work
@@ -40,3 +40,7 @@ def check(config: Config) -> None:
         from graincast.evaluate.evaluation import check_masks, match_masks
 
         check_masks(match_masks(Path(config.session.folder), Path(config.session.masks)))
+    if config.promotion.fields:
+        from graincast.evaluate.evaluation import check_masks, match_masks
+
+        check_masks(match_masks(Path(config.promotion.fields) / "images", Path(config.promotion.fields) / "masks"))

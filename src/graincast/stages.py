@@ -28,7 +28,7 @@ from graincast.evaluate.fields import labelled_fields
 from graincast.evaluate.promotion import Decision, decide
 from graincast.evaluate.realism import set_realism
 from graincast.inference import segment_files
-from graincast.microscope.ingest import ingest, ingest_session
+from graincast.microscope.ingest import BadSession, ingest, ingest_session
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.virtual_sem import write_session
 from graincast.monitor.drift import FEWEST_IMAGES, Drift, Reference, column_bounds, describe_session, judge, make_reference, place
@@ -82,11 +82,6 @@ def run_gate_library(config: settings.Gates, morphologies: ImageSet | Mapping[st
 def run_gate_synthetic(config: settings.Gates, synthetic: ImageSet | Mapping[str, ImageSet], micrographs: ImageSet | None, out: Path) -> Path:
     """The gate of a synthetic set in `out`, files as of `run_gate_session`; UserError if it fails."""
     return _save_gate(check_synthetic(synthetic, micrographs, config), out)
-
-
-def run_gate_grains(config: settings.Gates, grains: Path, out: Path, expected_diameter: Mapping[str, float] | None = None) -> Path:
-    """The gate of the tables of grains in the folder `grains`, files as of `run_gate_session`; UserError if it fails."""
-    return _save_gate(check_grains(read_grains(grains), config, expected_diameter), out)
 
 
 def _save_gate(gate: Gate, out: Path) -> Path:
@@ -308,7 +303,7 @@ def run_check_session(config: settings.Gates, segmenter: Path, folder: Path, out
     with whole_folder(out) as whole:
         try:
             gate = check_session(run_ingest_session(preparation, folder, whole / SESSION_IMAGES, config), config)
-        except UserError as error:
+        except BadSession as error:
             gate = Gate.refused("session", str(error))
         if not gate.passed:
             shutil.rmtree(whole / SESSION_IMAGES, ignore_errors=True)
@@ -318,11 +313,13 @@ def run_check_session(config: settings.Gates, segmenter: Path, folder: Path, out
 
 
 def run_session_report(name: str, session: Path, out: Path, *, grains: Path | None = None, drift: Path | None = None,
-                       decision: Path | None = None, history: Path | None = None, run: Mapping[str, str] | None = None) -> Path:
+                       decision: Path | None = None, failed: str | None = None, history: Path | None = None,
+                       run: Mapping[str, str] | None = None) -> Path:
     """A session in `out`: ``report.html``, what it links to, and ``session.json`` with ``headline``, ``figures`` and ``alerts``.
 
     `session`, `grains`, `drift` and `decision` are what `run_check_session`, `run_segment_session`, `run_drift` and
-    `run_promotion_evidence` made, as far as the session came; `history` is a chart of the sessions before, `run` tells versions and hashes.
+    `run_promotion_evidence` made, as far as the session came; `failed` says why a recalibration did not end, `history` is a chart of
+    the sessions before, `run` tells versions and hashes.
     """
     gate = Gate.load(session / SESSION_GATE)
     measured = Gate.load(grains / SESSION_GATE) if grains else None
@@ -336,7 +333,7 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
         grain_docs="grains/index.html" if measured else None, segmentation=grains,
         verdict=verdict.sentence if verdict else None, moved=session_report.moved_rows(verdict) if verdict else (),
         charts={**charts, **({"Drift of the sessions so far": history} if history else {})}, evidently=EVIDENTLY if tested else None,
-        decision=session_report.decision_sentences(decided), evidence=session_report.evidence_table(decided), run=run or {})
+        decision=[failed] if failed else session_report.decision_sentences(decided), evidence=session_report.evidence_table(decided), run=run or {})
     with whole_folder(out) as folder:
         shutil.copytree(session / SESSION_GATE, folder / SESSION_GATE)
         if grains:
@@ -345,7 +342,7 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
             shutil.copy2(drift / EVIDENTLY, folder)
         (folder / "report.html").write_text(session_report.build_session_report(page), encoding="utf-8")
         told = {"headline": session_report.headline(page), "figures": session_report.figures(page, verdict),
-                "alerts": session_report.alerts(page, verdict, decided)}
+                "alerts": session_report.alerts(page)}
         (folder / "session.json").write_text(json.dumps(told, indent=1))
     return out
 

@@ -6,6 +6,7 @@ new files as training treated its own.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from graincast.config import Ingest
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError
 from graincast.microscope import mixture
 from graincast.microscope.preparation import Preparation, prepare
 from graincast.microscope.quality import focus
@@ -111,6 +112,13 @@ def ingest(config: Ingest, folder: Path | str, grain_diameter_px: float, out: Pa
     return writer.result
 
 
+class BadSession(UserError):
+    """A session of which nothing can be used."""
+
+
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
+"""Errors of a drive that is away or broken, not of a file."""
+
 Judge = Callable[[pd.DataFrame], Mapping[str, str]]
 """From a table of micrographs, the rows of their set, to the reason why one of them must not be used, by its id."""
 
@@ -151,7 +159,7 @@ def ingest_session(preparation: Preparation, folder: Path | str, out: Path | str
     folder = Path(folder)
     files = find_session_files(folder)
     if most_files is not None and len(files) > most_files:
-        raise UserError(f"session {printable(folder.name)} holds {len(files)} files, at most {most_files} may be (gates.most_images); "
+        raise BadSession(f"session {printable(folder.name)} holds {len(files)} files, at most {most_files} may be (gates.most_images); "
                         "sessions of fewer would be right")
     names = _unique_names([Path(file.name) for file in files])
     settled = replace(preparation, scale=preparation.usual_scale) if preparation.scale is None else preparation
@@ -179,7 +187,7 @@ def ingest_session(preparation: Preparation, folder: Path | str, out: Path | str
                 writer.add(page, **row)
                 members.append(_member(row["source"], page, row["grain_diameter_px"] * row["scale"], preparation))
         if not members:
-            raise UserError(f"session {printable(folder.name)}: not one of its files can be used; " + "; ".join(writer.reasons()))
+            raise BadSession(f"session {printable(folder.name)}: not one of its files can be used; " + "; ".join(writer.reasons()))
         writer.info |= {"preparation": preparation.to_dict(), "warnings": mixture.warnings(members),
                         "groups": [[member.name for member in group] for group in mixture.group_by_look(members)]}
     return writer.result
@@ -212,6 +220,8 @@ def _survey(path: Path, preparation: Preparation, require_pixel_size: bool) -> _
         facts["source_sha256"] = _sha256(path)
         micrograph = read_micrograph(path)
     except OSError as error:
+        if error.errno in AWAY:
+            raise Unavailable(f"{path} cannot be read: {error.strerror}; it is read again when its drive answers") from error
         return _Survey(facts, refused=f"{path.name} cannot be read: {error.strerror or type(error).__name__}")
     except UserError as error:
         return _Survey(facts, refused=reason(error, path))

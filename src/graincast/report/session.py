@@ -165,17 +165,15 @@ def figures(report: SessionReport, drift: Drift | None) -> dict[str, float]:
     return counted | scores
 
 
-def alerts(report: SessionReport, drift: Drift | None, decision: Decision | None) -> dict[str, str]:
-    """What somebody should hear of: event to sentence."""
+def alerts(report: SessionReport) -> dict[str, str]:
+    """What somebody should hear of, event to sentence, besides drift and promotions, which are told when they happen."""
     told = {}
     if report.failures:
         told["session failed its checks"] = "; ".join(report.failures)
     elif report.quarantined:
         told["files set aside"] = "; ".join(f"{name}: {reason}" for name, reason in report.quarantined.items())
-    if drift and drift.drifted:
-        told["drift"] = drift.sentence
-    if decision:
-        told["recalibration"] = " ".join(decision_sentences(decision))
+    if report.decision:
+        told["recalibration"] = " ".join(report.decision)
     return told
 
 
