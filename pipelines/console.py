@@ -13,7 +13,7 @@ from types import TracebackType
 import zenml  # noqa: F401  (sets up its logging and sys.excepthook when imported, so it must come first)
 from zenml.exceptions import RunInterruptedException
 
-from graincast.errors import UserError, is_down
+from graincast.errors import UserError, is_down, without_login
 
 FILTERED = (
     "zenml.orchestrators.local.local_orchestrator",
@@ -39,9 +39,9 @@ def install() -> None:
 def _sentence(error: BaseException | None) -> str | None:
     """What stands for the traceback of `error`, if anything does."""
     if isinstance(error, UserError):
-        return str(error)
+        return without_login(str(error))
     if error is not None and is_down(error):
-        said = str(error).strip().splitlines()[0]
+        said = without_login(str(error)).strip().splitlines()[0]
         return f"a store or server does not answer ({said}); run again when it does, finished stages are kept"
     if isinstance(error, KeyboardInterrupt | RunInterruptedException):
         return "interrupted; the next run takes every finished stage from the cache"

@@ -38,6 +38,7 @@ def monitoring_pipeline(config: dict[str, Any]) -> None:
     look = look_into(Path(settings.monitoring.inbox), ledger, settings.monitoring.settle_seconds)
     for name, sentence in look.news.items():
         alert("session refused", f"session '{name}': {sentence}")
+    look.told(ledger)
     for name, sentence in look.waiting.items():
         print(f"session '{name}' waits: {sentence}")
     if not look.ready:

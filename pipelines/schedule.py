@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from graincast.errors import UserError
 from graincast.monitor.schedule import Times
 
 NAME = "graincast-monitoring"
-"""Of the schedule; there is one at a time."""
+"""What the names of schedules begin with; each has its own, so that a new one is accepted before the old one goes."""
 
 
 def schedule(cron: str, config: Path, inbox: str | None) -> str:
     """Schedule the monitoring pipeline, in place of an earlier schedule; a sentence that says so.
 
+    The earlier one goes only after the orchestrator took the new one, and stays whatever fails before.
+
     Raises
     ------
     UserError
-        If the orchestrator has no schedules, or no inbox is named.
+        If the orchestrator has no schedules, does not take this one or cannot end an earlier one, or no inbox is named.
     """
     Times(cron, 0)
     settings = load_config(config)
@@ -46,32 +49,37 @@ def schedule(cron: str, config: Path, inbox: str | None) -> str:
     tree = settings.model_dump(exclude_unset=True)
     tree["monitoring"] = {**tree.get("monitoring", {}), "inbox": folder}
     parse_config(tree, str(config))
-    _remove(client)
-    _submit(client, cron, config, tree)
-    return f"{orchestrator.name} runs the monitoring pipeline at '{cron}' (schedule '{NAME}'); `zenml pipeline schedule delete {NAME}` ends that"
+    earlier = client.list_schedules(name=f"startswith:{NAME}").items
+    if earlier and not orchestrator.supports_schedule_deletion:
+        raise UserError(f"there is a schedule '{earlier[0].name}' already, and ZenML cannot delete it from '{orchestrator.name}' "
+                        f"({orchestrator.flavor}); delete it there, then with `zenml pipeline schedule delete {earlier[0].name}`")
+    name = f"{NAME}-{uuid.uuid4().hex[:8]}"
+    _submit(client, name, cron, config, tree)
+    for old in earlier:
+        _end(client, old, name)
+    return f"{orchestrator.name} runs the monitoring pipeline at '{cron}' (schedule '{name}'); `zenml pipeline schedule delete {name}` ends that"
 
 
-def _remove(client: Client) -> None:
-    """End the schedule there is, so that there are never two."""
-    orchestrator = client.active_stack.orchestrator
-    known = client.list_schedules(name=NAME).items
-    if known and not orchestrator.supports_schedule_deletion:
-        raise UserError(f"there is a schedule '{NAME}' already, and ZenML cannot delete it from '{orchestrator.name}' ({orchestrator.flavor}); "
-                        f"delete it there, then with `zenml pipeline schedule delete {NAME}`")
-    for before in known:
-        client.delete_schedule(before.id)
+def _end(client: Client, old: Any, new: str) -> None:
+    try:
+        client.delete_schedule(old.id)
+    except Exception as error:  # whatever the orchestrator's own client raises
+        raise UserError(f"the schedule '{new}' stands, but the old one stands, too ({error}); end that with "
+                        f"`zenml pipeline schedule delete {old.name}`") from error
 
 
-def _submit(client: Client, cron: str, config: Path, tree: dict[str, Any]) -> None:
+def _submit(client: Client, name: str, cron: str, config: Path, tree: dict[str, Any]) -> None:
     from pipelines.monitoring import monitoring_pipeline
 
     document = {key: value for key, value in yaml.safe_load(config.read_text()).items() if key not in ("parameters", "schedule")}
-    configured = monitoring_pipeline.with_options(schedule=Schedule(name=NAME, cron_expression=cron), **document)
+    configured = monitoring_pipeline.with_options(schedule=Schedule(name=name, cron_expression=cron), **document)
     try:
         configured(config=tree)
-    except (NotImplementedError, RuntimeError) as error:  # some have schedules, but none for dynamic pipelines
-        for half_made in client.list_schedules(name=NAME).items:
+    except BaseException as error:  # Ctrl-C, too: what ZenML noted before it asked the orchestrator goes again
+        for half_made in client.list_schedules(name=name).items:
             client.delete_schedule(half_made.id)
+        if not isinstance(error, NotImplementedError | RuntimeError):  # some have schedules, but none for dynamic pipelines
+            raise
         raise UserError(f"the orchestrator does not take the schedule: {error}; run `graincast watch` instead (docs/operations.md)") from error
 
 

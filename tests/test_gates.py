@@ -11,15 +11,17 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import struct
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import imageio.v3 as iio
 import numpy as np
 import pandas as pd
@@ -239,6 +241,82 @@ def test_each_bad_file_is_refused_with_one_sentence_and_the_rest_goes_on(session
     assert set(images.rows.session) == {"tuesday"}
     images.verify()
     assert not any("/" in name for name in images.rows.id)
+
+
+@pytest.mark.parametrize("lure", ["fifo", "link"])
+def test_formats_that_refer_to_other_files_are_refused_unopened(session: Path, tmp_path: Path, lure: str) -> None:
+    """A FIFO would be waited for without end, a link be followed out of the session."""
+    secret = tmp_path / "secret.raw"
+    secret.write_bytes(np.random.default_rng(0).bytes(300 * 300))
+    for name in ("a.raw", "b_1.ser", "c.img"):
+        os.mkfifo(session / name) if lure == "fifo" else os.symlink(secret, session / name)
+    (session / "a.rpl").write_text("key\tvalue\nwidth\t300\nheight\t300\ndepth\t1\noffset\t0\ndata-length\t1\ndata-type\tunsigned\n"
+                                   "byte-order\tdont-care\nrecord-by\tvector\n")
+    (session / "b.EMI").write_bytes(b"<ObjectInfo></ObjectInfo>")
+    (session / "c.asw").write_bytes(bytes(200))
+    with deadline(20):
+        images = taken_in(session, tmp_path / "set")
+    found = refusals(images)
+    assert [found[name].endswith("refers to other files; an exported TIFF would be right") for name in ("a.rpl", "b.EMI", "c.asw")] == [True] * 3
+    assert len(images) == 4
+
+
+@contextlib.contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """A test that would hang fails."""
+    def late(*_: object) -> None:
+        raise TimeoutError("a file is waited for")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["external link", "external data", "virtual data"])
+def test_hdf5_with_data_in_other_files_is_refused_unopened(session: Path, tmp_path: Path, kind: str) -> None:
+    os.mkfifo(session / "pipe")
+    with h5py.File(session / "a.emd", "w") as file:
+        file["own"] = np.zeros((4, 4))
+        if kind == "external link":
+            file["a/b"] = h5py.ExternalLink("pipe", "/data")
+        elif kind == "external data":
+            file.create_dataset("a/b", (30, 30), "u1", external=[("pipe", 0, 900)])
+        else:
+            layout = h5py.VirtualLayout((30, 30), "u1")
+            layout[:] = h5py.VirtualSource("pipe", "data", (30, 30))
+            file.create_virtual_dataset("a/b", layout)
+    with deadline(20):
+        found = refusals(taken_in(session, tmp_path / "set"))
+    assert found["a.emd"] == "a.emd refers to other files; an exported TIFF would be right"
+
+
+def test_a_movie_and_an_ome_file_do_not_open_what_lies_beside_them(session: Path, tmp_path: Path) -> None:
+    """Electron-detector movies are read with their info files and OME-TIFF with the files of its series, if one lets them."""
+    os.mkfifo(session / "20240101_00001_info.txt")
+    mrc_of(session / "20240101_00001_movie.mrc", np.random.default_rng(0).integers(0, 255, (120, 120)).astype(np.uint8))
+    os.mkfifo(session / "pipe")
+    ome = ('<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" '
+           'Type="uint8" SizeX="200" SizeY="200" SizeZ="2" SizeC="1" SizeT="1">'
+           + "".join(f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1"><UUID FileName="pipe">urn:uuid:{z}</UUID></TiffData>' for z in range(2))
+           + "</Pixels></Image></OME>")
+    tifffile.imwrite(session / "series.tif", to_bytes(grains(diameter=30, seed=8)[0])[:200, :200], description=ome, metadata=None,
+                     extratags=[(271, "s", 0, "JEOL Ltd.", True)])
+    with deadline(20):
+        images = taken_in(session, tmp_path / "set")
+    assert {"0.tif", "1.tif", "2.tif", "3.tif"} <= set(images.rows.source)
+
+
+def mrc_of(path: Path, image: np.ndarray) -> None:
+    """One plane of unsigned bytes with the 1024-byte header of MRC2014."""
+    header = np.zeros(256, "<i4")
+    header[:4] = image.shape[1], image.shape[0], 1, 0
+    header[7:10] = image.shape[1], image.shape[0], 1
+    header[16:19] = 1, 2, 3
+    path.write_bytes(header.tobytes() + image.tobytes())
 
 
 def test_a_socket_is_no_micrograph(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:

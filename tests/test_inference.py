@@ -14,11 +14,14 @@ import tifffile
 import torch
 from scipy import ndimage as ndi
 
+from graincast.config import Gates
 from graincast.errors import UserError
 from graincast.inference import segment_files
 from graincast.microscope.preparation import Preparation
 from graincast.segment.instances import Cut
 from graincast.segment.segmenter import Segmenter
+from graincast.stages import _suggested_diameters, run_ingest_session, run_segment_session
+from graincast.store.gates import read_grains
 
 PREPARATION = Preparation(target_pixel_size_um=0.05, scale=1.0, grain_diameter_px=24.0, clahe_clip=0.01, clahe_tile_px=96.0,
                           cut_info_bar=False, min_size=64, max_saturated=0.5, min_contrast=0.01, default_pixel_size_um=None)
@@ -64,6 +67,36 @@ def test_results_of_a_file(segmenter: Segmenter, tmp_path: Path) -> None:
     assert labels.max() == outcome.summary["grains"] == len(pd.read_csv(tmp_path / "out" / "a_grains.csv")) >= 16
     assert iio.imread(tmp_path / "out" / "a_overlay.png").shape == (160, 160, 3)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"][0]["pixel_size_um"] == 0.05
+
+
+def test_files_of_one_stem_in_a_session_are_told_apart(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions have sub-folders and files that differ in the extension only; `graincast segment` keeps refusing them."""
+    session, rng = tmp_path / "session", np.random.default_rng(2)
+    for name in ("a/001.tif", "b/001.tif", "x.tif"):
+        write(session / name, (micrograph() + rng.normal(0, 0.01, (160, 160))).clip(0, 1))
+    iio.imwrite(session / "x.png", np.rint(255 * micrograph()).astype(np.uint8))
+    preparation = replace(PREPARATION, usual_scale=1.0)
+    segmenter.preparation = preparation
+    images = run_ingest_session(preparation, session, tmp_path / "images", Gates())
+    assert len(images) == 4
+
+    monkeypatch.setattr(Segmenter, "load", lambda *_: segmenter)
+    out = run_segment_session(Gates(), tmp_path, images, session, tmp_path / "out")
+    ids = {"a_001", "b_001", "x_tif", "x_png"}
+    assert {file.name.removesuffix("_grains.csv") for file in out.glob("*_grains.csv")} == ids
+    assert {file.name.removesuffix("_labels.tif") for file in out.glob("*_labels.tif")} == ids
+    found = json.loads((out / "summary.json").read_text())["images"]
+    assert [image["file"] for image in found] == ["001.tif", "001.tif", "x.png", "x.tif"]
+    assert all(image["grains"] == 16 for image in found)
+    assert set(_suggested_diameters(images)) == ids == set(read_grains(out)["image_id"])
+
+    with pytest.raises(UserError, match="several micrographs are called '001'"):
+        segment_files(segmenter, [session], tmp_path / "all")
+    with pytest.raises(UserError, match="several micrographs are called 'same'"):
+        segment_files(segmenter, [session / "x.tif", session / "x.png"], tmp_path / "all", names=["same", "same"])
+    with pytest.raises(ValueError, match="1 names for 2 files"):
+        segment_files(segmenter, [session / "x.tif", session / "x.png"], tmp_path / "all", names=["one"])
+    assert not (tmp_path / "all").exists()
 
 
 def test_pixel_size_of_the_training_is_the_default(segmenter: Segmenter, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ CONFIG = {
     "segmenter": {"epochs": 10, "crop": 64, "batch": 4, "crops_per_image": 2},
     "promotion": {"old_look_loss": 0.3, "label_free_loss": 0.5, "margin": 0.0},
     "monitoring": {"inbox": "inbox", "settle_seconds": 0},
-    "recalibration": {"translator_steps": 4, "segmenter_epochs": 2},
+    "recalibration": {"translator_steps": 4, "segmenter_epochs": 6},
 }
 MONITOR = "zenml pipeline run pipelines.monitoring.monitoring_pipeline -c production.yaml"
 STRICT = MONITOR.replace("production", "strict")

@@ -23,6 +23,7 @@ import pytest
 import tifffile
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 from skimage.segmentation import find_boundaries
@@ -30,7 +31,7 @@ from skimage.segmentation import find_boundaries
 from graincast.cli import main
 from graincast.config import Promotion
 from graincast.config import Segmenter as SegmenterConfig
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError, is_down
 from graincast.evaluate import evidence
 from graincast.evaluate.evidence import Evidence, SetEvidence, gather, scored_images
 from graincast.evaluate.fields import resample_labels
@@ -415,6 +416,32 @@ def test_a_store_that_is_down_is_one_sentence(uri: str, sentence: str, monkeypat
             assert "\n" not in said
     finally:
         mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize("fault", [
+    MlflowException("API request to http://user:s3cret@host/api failed with code 503"), PermissionError(13, "Permission denied"),
+    OSError("Connection reset by http://user:s3cret@host")])
+def test_what_the_store_cannot_give_now_is_nobodys_mistake(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "file").write_text("x")
+    registry.attach(1, "reference", tmp_path / "reference")
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", fail)
+    for act in (lambda: registry.fetch(1, tmp_path / "got"), lambda: registry.fetch_attached(1, "reference", tmp_path / "got")):
+        with pytest.raises(Unavailable, match=r"^the model registry sqlite:///.* cannot be used: ") as down:
+            act()
+        assert "s3cret" not in str(down.value)
+    assert not (tmp_path / "got").exists()
+
+
+@pytest.mark.parametrize("reference", ["9", "nobody", "models:/another/1", "runs:/0123456789abcdef0123456789abcdef/segmenter"])
+def test_a_model_that_is_not_there_is_the_askers_mistake(store: str, tmp_path: Path, reference: str) -> None:
+    with pytest.raises(UserError, match=f"model '{reference}' cannot be loaded") as wrong:
+        registry.fetch(reference, tmp_path / "got")
+    assert not is_down(wrong.value)
 
 
 def test_the_command_line_shows_and_moves(store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

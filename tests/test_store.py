@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +23,16 @@ import numpy as np
 import pytest
 import tifffile
 import yaml
+from dvc.data_cloud import DataCloud
 from dvc.repo import Repo
+from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from sqlalchemy.exc import OperationalError
 
 from graincast.config import Config
 from graincast.config import Segmenter as SegmenterConfig
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError, is_down, without_login
 from graincast.microscope.preparation import Preparation
 from graincast.segment.instances import Cut
 from graincast.segment.network import build_network
@@ -39,6 +43,26 @@ from graincast.store.versioning import Artifact, Version
 from steps.sources import source_files
 
 SOURCES = Path(__file__).parents[1] / "src"
+
+
+def test_no_sentence_has_a_login() -> None:
+    from pipelines import console
+
+    address = "http://user:p@ss:w0rd@host:5000/api?mail=a@b (postgresql+psycopg2://u:s3cret@db/x)"
+    shown = "http://host:5000/api?mail=a@b (postgresql+psycopg2://db/x)"
+    assert without_login(address) == shown
+    assert console._sentence(UserError(address)) == console._sentence(Unavailable(address)) == shown
+    down = console._sentence(MlflowException(f"API request to {address} failed: Max retries exceeded"))
+    assert down is not None
+    assert shown in down
+    assert console._sentence(ValueError(address)) is None
+
+
+@pytest.mark.parametrize(("said", "down"), [("database or disk is full", True), ("attempt to write a readonly database", True),
+                                            ("database is locked", True), ("no such column", False)])
+def test_a_store_that_cannot_take_anything_is_down(said: str, down: bool) -> None:
+    assert is_down(OperationalError("INSERT", {}, sqlite3.OperationalError(said))) is down
+    assert not is_down(ValueError(said))
 
 
 # ImageSet
@@ -120,7 +144,7 @@ def test_a_disk_that_fills_at_the_end_leaves_the_older_folder(tmp_path: Path, mo
         rename(source, target)
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(UserError, match="set cannot be written: No space left on device; free some space"), whole_folder(tmp_path / "set") as folder:
+    with pytest.raises(Unavailable, match=r"set cannot be written: No space left .*; free some space"), whole_folder(tmp_path / "set") as folder:
         (folder / "new").write_text("new")
     assert folder_digest(tmp_path / "set") == before
     assert os.listdir(tmp_path) == ["set"]
@@ -266,8 +290,24 @@ def test_a_damaged_cache_is_mended_from_the_remote(project: Path, tmp_path: Path
 def test_an_unreachable_remote_is_named(project: Path, tmp_path: Path) -> None:
     (tmp_path / "remote").write_text("a file, not a folder")
     set_remote(project, tmp_path / "remote")
-    with pytest.raises(UserError, match="store"):
+    with pytest.raises(Unavailable, match="store"):
         versioning.add(write_folder(project / "runs" / "ours"))
+
+
+def test_a_remote_that_does_not_answer_is_tried_again(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_remote(project, tmp_path / "remote")
+    version = versioning.add(write_folder(project / "runs" / "ours"))
+    shutil.rmtree(project / "runs")
+    shutil.rmtree(project / ".dvc" / "cache")
+
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError("https://user:s3cret@host/bucket timed out")
+
+    monkeypatch.setattr(DataCloud, "pull", fail)
+    with pytest.raises(Unavailable, match="cannot be pulled from DVC remote 'store': https://host/bucket timed out"):
+        versioning.fetch(version, project / "runs" / "ours")
+    monkeypatch.undo()
+    assert folder_digest(versioning.fetch(version, project / "runs" / "ours")) == version.md5
 
 
 def test_dvc_lock_does_not_stop_a_run(project: Path) -> None:

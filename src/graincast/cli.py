@@ -191,7 +191,7 @@ def watch(
 
 @app.command()
 def sessions(
-    retry: Annotated[str | None, typer.Option(help="name or digest of a session that failed or was set aside: process it again")] = None,
+    retry: Annotated[str | None, typer.Option(help="name or digest of a session that is done, failed or was set aside: process it again")] = None,
 ) -> None:
     """Show what became of every session of the inbox."""
     from graincast.config import Monitoring
@@ -200,12 +200,13 @@ def sessions(
     ledger = Ledger.open(_checkout() / MONITORING, Monitoring())
     if retry is not None:
         if not ledger.retry(retry):
-            raise UserError(f"no session '{retry}' has failed or was set aside; `graincast sessions` lists them all")
+            raise UserError(f"no session '{retry}' is done, failed or set aside; `graincast sessions` lists them all")
         print(f"'{retry}' is processed again in the next run")
         return
     table = Table("session", "state", "last claimed (UTC)", "attempts", "why", "digest")
     for record in ledger.records():
-        claims, why = record["claims"], record["reason"] or ""
+        claims = record["claims"]
+        why = record["reason"] or (record["result"] or {}).get("headline", "")
         last = claims[-1]["when"][:19].replace("T", " ")
         table.add_row(escape(record["name"]), record["state"], last, str(len(claims)), escape(why), record["digest"][:12])
     Console().print(table)

@@ -33,11 +33,12 @@ class Outcome:
     refused: str | None = None
 
 
-def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixel_size_um: float | None = None) -> list[Outcome]:
+def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixel_size_um: float | None = None,
+                  names: Sequence[str] | None = None) -> list[Outcome]:
     """Segment micrographs and write what was found.
 
-    For each ``STEM.*``: ``STEM_labels.tif`` (instance ids at the original size, uint16 or uint32; 0 = info bar),
-    ``STEM_overlay.png``, ``STEM_grains.csv`` (one row a grain, units in the column names). ``summary.json`` lists
+    For each file: ``NAME_labels.tif`` (instance ids at the original size, uint16 or uint32; 0 = info bar),
+    ``NAME_overlay.png``, ``NAME_grains.csv`` (one row a grain, units in the column names). ``summary.json`` lists
     every file, the refused ones with their reason.
 
     Parameters
@@ -50,6 +51,8 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
         Folder for the results, other than the micrographs' own; made if absent. Files of the same name are replaced.
     pixel_size_um : float, optional
         Pixel size of files whose metadata has none, um.
+    names : sequence of str, optional
+        What the results are called, one a file; `sources` are files then. Their stems unless given.
 
     Returns
     -------
@@ -66,16 +69,19 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
         if out.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
             raise UserError(f"results cannot go where the micrographs are, {out}; another folder would be right")
     files = [file for source in sources for file in find_micrographs(source, exclude=out)]
-    twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    names = [file.stem for file in files] if names is None else names
+    if len(names) != len(files):
+        raise ValueError(f"{len(names)} names for {len(files)} files")
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, "
                         "so segment their folders one by one")
     outcomes = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file in tqdm(files, desc="segment", unit="image", disable=None):
+        for file, name in zip(tqdm(files, desc="segment", unit="image", disable=None), names, strict=True):
             try:
-                outcomes.append(Outcome(file, summary=_segment_file(segmenter, file, out, pixel_size_um)))
+                outcomes.append(Outcome(file, summary=_segment_file(segmenter, file, out / name, pixel_size_um)))
             except UserError as error:
                 outcomes.append(Outcome(file, refused=reason(error, file)))
         _write_summary(out, outcomes)
@@ -84,7 +90,8 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     return outcomes
 
 
-def _segment_file(segmenter: Segmenter, file: Path, out: Path, pixel_size_um: float | None) -> dict[str, Any]:
+def _segment_file(segmenter: Segmenter, file: Path, result: Path, pixel_size_um: float | None) -> dict[str, Any]:
+    """The results' names begin with `result`."""
     micrograph = read_micrograph(file)
     labels = segmenter.segment_micrograph(micrograph, pixel_size_um)
     assert segmenter.preparation is not None  # or it had not segmented
@@ -93,11 +100,11 @@ def _segment_file(segmenter: Segmenter, file: Path, out: Path, pixel_size_um: fl
     grains = measure_grains(labels, pixel_size, field=field)
     stored = labels.astype(np.uint16 if labels.max() < 65536 else np.uint32)
     resolution: dict[str, Any] = {"resolution": (1e4 / pixel_size,) * 2, "resolutionunit": "CENTIMETER"} if pixel_size else {}
-    with _whole_file(out / f"{file.stem}_labels.tif") as path:
+    with _whole_file(result.with_name(f"{result.name}_labels.tif")) as path:
         tifffile.imwrite(path, stored, compression="zlib", **resolution)
-    with _whole_file(out / f"{file.stem}_overlay.png") as path:
+    with _whole_file(result.with_name(f"{result.name}_overlay.png")) as path:
         iio.imwrite(path, overlay(to_grey8(micrograph.image, field), labels, field=field), extension=".png")
-    with _whole_file(out / f"{file.stem}_grains.csv") as path:
+    with _whole_file(result.with_name(f"{result.name}_grains.csv")) as path:
         grains.to_csv(path, index=False, float_format="%.6g")
     return {"pixel_size_um": pixel_size, **summarise(grains)}
 

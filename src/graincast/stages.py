@@ -356,16 +356,16 @@ def run_segment_session(config: settings.Gates, segmenter: Path, session: ImageS
     """
     files = [source / name for name in session.rows["source"]]
     with whole_folder(out) as folder:
-        segment_files(Segmenter.load(segmenter), files, folder)
+        segment_files(Segmenter.load(segmenter), files, folder, names=list(session.rows["id"]))  # files of sub-folders share stems
         (folder / SESSION_GATE).mkdir()
         check_grains(read_grains(folder), config, _suggested_diameters(session)).save(folder / SESSION_GATE)
     return out
 
 
 def _suggested_diameters(session: ImageSet) -> dict[str, float]:
-    """Mean grain diameter that each micrograph itself suggests, in um where its pixel size is known and in px otherwise, by its name."""
+    """Mean grain diameter that each micrograph itself suggests, in um where its pixel size is known and in px otherwise, by its id."""
     pixel = session.rows["original_pixel_size_um"].fillna(1.0)
-    return {Path(name).stem: float(size) for name, size in zip(session.rows["source"], session.rows["grain_diameter_px"] * pixel, strict=True)}
+    return {name: float(size) for name, size in zip(session.rows["id"], session.rows["grain_diameter_px"] * pixel, strict=True)}
 
 
 def run_join(sets: Sequence[ImageSet], out: Path, *, even: bool = False) -> ImageSet:

@@ -177,8 +177,9 @@ def find_session_files(folder: Path | str) -> list[SessionFile]:
     -------
     list of SessionFile
         Sorted by name. Refused are links (followed, they could lead anywhere; within the session they would count a file twice),
-        folders that cannot be listed, what is no regular file, names that cannot be printed (line breaks, bytes that are no UTF-8)
-        and images whose extension does not say so. Hidden files and files that are no images are left out.
+        folders that cannot be listed, what is no regular file, names that cannot be printed (line breaks, bytes that are no UTF-8),
+        formats that refer to other files (which could be any of these) and
+        images whose extension does not say so. Hidden files and files that are no images are left out.
 
     Raises
     ------
@@ -218,6 +219,8 @@ def _session_file(folder: Path, path: Path) -> SessionFile | None:
             refused = "is no regular file"
         elif name != relative:
             refused = "has a name that cannot be printed; another name would be right"
+        elif path.suffix.lower() in _REFERRING:
+            refused = "refers to other files; an exported TIFF would be right"
         elif not known and (content := _content(path)) in _EXTENSIONS_OF:
             refused = f"is a {content} image by its content; the extension {_EXTENSIONS_OF[content][0]} would be right"
         else:
@@ -495,7 +498,8 @@ def _makers_tag_pixel_size(tif: tifffile.TiffFile, path: Path) -> float | None:
     gatan = any(65003 <= tag.code <= 65025 for tag in page.tags)
     if not (tif.is_tvips or page.is_sis or gatan or (make is not None and make.value == "JEOL Ltd.")):
         return None
-    signal = importlib.import_module("rsciio.tiff").file_reader(str(path), lazy=True)[0]  # without the pixels of further pages
+    # without pixels, and by pages: the series of an OME file may lie in other files, which would be opened
+    signal = importlib.import_module("rsciio.tiff").file_reader(str(path), lazy=True, multipage_as_list=True)[0]
     return _axis_pixel_size(signal["axes"])
 
 
@@ -546,12 +550,21 @@ _MAKERS_FORMATS = {".dm3": "digitalmicrograph", ".dm4": "digitalmicrograph", ".e
 _NEVER_LAZY = {".elid", ".sur"}
 """Formats that RosettaSciIO reads at once only."""
 
+_REFERRING = {".rpl", ".emi", ".asw"}
+"""Formats whose pixels lie in other files, which RosettaSciIO opens by name whatever they are."""
+
+_HDF5 = {".emd", ".hspy"}
+
 
 def _read_makers_format(path: Path) -> Micrograph:
     """Through RosettaSciIO: the first signal of the file that is one 2-D image."""
     module = importlib.import_module(f"rsciio.{_MAKERS_FORMATS[path.suffix.lower()]}")
-    lazy = {} if path.suffix.lower() in _NEVER_LAZY else {"lazy": True}  # sizes before pixels
-    images = [signal for signal in module.file_reader(str(path), **lazy) if sum(side > 1 for side in signal["data"].shape) == 2]
+    options: dict[str, Any] = {} if path.suffix.lower() in _NEVER_LAZY else {"lazy": True}  # sizes before pixels
+    if path.suffix.lower() in _HDF5:
+        _check_whole(path)
+    elif path.suffix.lower() == ".mrc":
+        options["metadata_file"] = None  # or files beside one that is called a movie would be opened
+    images = [signal for signal in module.file_reader(str(path), **options) if sum(side > 1 for side in signal["data"].shape) == 2]
     if not images:
         raise UserError(f"{path} holds no 2-D image; export the micrograph on its own")
     _check_size(images[0]["data"].shape, path)
@@ -568,6 +581,20 @@ def _read_makers_format(path: Path) -> Micrograph:
         "working_distance_mm": _positive(settings.get("working_distance")),
         "beam_current_na": _positive(settings.get("beam_current")),
     }))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse an HDF5 file with a link to, or data in, another file: HDF5 opens what it names, whatever that is."""
+    h5py = importlib.import_module("h5py")
+    with h5py.File(path, "r") as file:
+        def outside(name: str, found: Any) -> bool | None:
+            if isinstance(found, h5py.Dataset):
+                elsewhere = found.external or (found.is_virtual and any(source.file_name != "." for source in found.virtual_sources()))
+                return True if elsewhere else None
+            return True if isinstance(found, h5py.ExternalLink) else None
+
+        if file.visititems_links(outside) or file.visititems(outside):
+            raise UserError(f"{path} refers to other files; an exported TIFF would be right")
 
 
 def _axis_pixel_size(axes: list[Mapping[str, Any]]) -> float | None:

@@ -58,20 +58,6 @@ def alert(event: str, sentence: str, figures: Mapping[str, Any] | None = None, f
     return entry
 
 
-def read_alerts(folder: Path | str) -> list[dict[str, Any]]:
-    """The alerts in a folder, oldest first; a line that a crash cut short is left out, and the log says so."""
-    file = Path(folder) / FILE
-    if not file.exists():
-        return []
-    entries = []
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s, line %d: cut short, left out", file, number)
-    return entries
-
-
 def _append(file: Path, line: str) -> None:
     """One line more, never mixed with another process's, and on a line of its own where a crash cut the last one short."""
     from filelock import FileLock

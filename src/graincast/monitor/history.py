@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from graincast.errors import Unavailable, UserError
-from graincast.store.tracking import ensure_experiment
+from graincast.errors import UserError
+from graincast.store.tracking import ensure_experiment, reach
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from graincast.monitor.drift import Drift
 
 EXPERIMENT = "graincast-monitoring"
+STORE = "the drift history in MLflow"
 DIGEST, CHAMPION = "session.digest", "champion"
 VERDICT = ("severity", "cause", "drifted", "mendable", "sentence")
 
@@ -33,7 +31,7 @@ MARKERS = {"columns_score": "o", "embedding_score": "^"}
 
 
 def record(name: str, digest: str, drift: Drift, *, champion: str, tags: Mapping[str, str | None] | None = None,
-           metrics: Mapping[str, float] | None = None, files: Iterable[Path] = ()) -> str:
+           files: Iterable[Path] = ()) -> str:
     """Note a session's verdict in MLflow.
 
     Parameters
@@ -41,13 +39,11 @@ def record(name: str, digest: str, drift: Drift, *, champion: str, tags: Mapping
     name, digest : str
         The session's, as in `graincast.monitor.inbox.Session`.
     drift : Drift
-        Its verdict.
+        Its verdict; scores that are NaN or infinite are left out.
     champion : str
         Version of the model that it was judged for.
     tags : Mapping of str to str, optional
         Further tags, e.g. DVC hashes; None is left out.
-    metrics : Mapping of str to float, optional
-        Further figures; those that are NaN or infinite are left out.
     files : Iterable of Path, optional
         Files and folders to keep with the run.
 
@@ -67,13 +63,12 @@ def record(name: str, digest: str, drift: Drift, *, champion: str, tags: Mapping
     now = int(time.time() * 1000)
     verdict = {key: str(getattr(drift, key)) for key in VERDICT}
     labels = {DIGEST: digest, CHAMPION: champion, "session": name, **verdict, **(tags or {})}
-    values = {**drift.scores, **(metrics or {})}
-    with _store() as client:
+    with reach(STORE) as client:
         experiment = ensure_experiment(EXPERIMENT)
         known = client.search_runs([experiment], f"tags.`{DIGEST}` = '{digest}' and tags.`{CHAMPION}` = '{champion}'", max_results=1)
         run = known[0] if known else client.create_run(experiment, run_name=name, tags={DIGEST: digest, CHAMPION: champion})
         run_id = run.info.run_id
-        client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in values.items() if math.isfinite(v)],
+        client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in drift.scores.items() if math.isfinite(v)],
                          tags=[RunTag(k, v) for k, v in labels.items() if v is not None])
         for file in files:
             if file.is_dir():
@@ -99,7 +94,7 @@ def history() -> pd.DataFrame:
         If the tracking store cannot be reached.
     """
     rows: list[dict[str, Any]] = []
-    with _store() as client:
+    with reach(STORE) as client:
         experiment, token = ensure_experiment(EXPERIMENT), None
         while token != "":
             page = client.search_runs([experiment], "attributes.status = 'FINISHED'", order_by=["attributes.start_time ASC"], page_token=token)
@@ -192,17 +187,3 @@ def _legend(figure: Any) -> None:
     handles = [Line2D([], [], marker=MARKERS[score], color="#8a8f98", linestyle="", label=names[score]) for score in SCORES]
     handles += [Line2D([], [], marker="s", color=colour, linestyle="", label=words[severity]) for severity, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-
-
-@contextlib.contextmanager
-def _store() -> Iterator[MlflowClient]:
-    """MLflow's client; what a store that is down or locked says becomes one sentence."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield MlflowClient()
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Unavailable(f"the drift history in MLflow cannot be reached: {said}; it is tried again with the next session") from error

@@ -7,7 +7,10 @@ a new one. The `Ledger` remembers what became of each. Nothing is ever written i
 A monitor goes through an inbox like this::
 
     ledger = Ledger(state / "ledger")
-    for session in find_sessions(inbox, ledger, settle_seconds=60):
+    look = look_into(inbox, ledger, settle_seconds=60)
+    ...  # tell a person of look.news
+    look.told(ledger)
+    for session in look.ready:
         if ledger.claim(session):
             try:
                 ...
@@ -89,6 +92,8 @@ class Look:
 
     Attributes
     ----------
+    inbox : Path
+        Where it looked, absolute.
     ready : list of Session
         To be processed, the longest waiting first.
     waiting : dict of str to str
@@ -98,15 +103,20 @@ class Look:
     set_aside : dict of str to str
         Name of a session that failed too often, and the last reason.
     news : dict of str to str
-        Those of `refused` and `set_aside` that nobody was told of, by an earlier look or by `Ledger.failed`: what to
-        raise an alert about.
+        Those of `refused` and `set_aside` that nobody was told of, after an earlier look or by who called
+        `Ledger.failed`: what to raise an alert about. They are news again the next time, until `told`.
     """
 
+    inbox: Path
     ready: list[Session] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     set_aside: dict[str, str] = field(default_factory=dict)
     news: dict[str, str] = field(default_factory=dict)
+
+    def told(self, ledger: Ledger) -> None:
+        """Remember that a person was told of the news; called afterwards, so that a crash in between tells twice, not never."""
+        ledger.remember_told(self.inbox, self.news)
 
 
 # ------------------------------------------------------------------------------------------------------ the ledger
@@ -221,12 +231,12 @@ class Ledger:
         self._finish(session, "open", f"released: {reason}", reason=reason)
 
     def retry(self, name: str) -> int:
-        """Have sessions of this name or digest that failed or were set aside processed again; how many there were."""
+        """Have sessions of this name or digest that are done, failed or were set aside processed again; how many there were."""
         with self._exclusive():
-            again = [r for r in self.records() if name in (r["name"], r["digest"]) and r["state"] in ("failed", "set aside")]
+            again = [r for r in self.records() if name in (r["name"], r["digest"]) and r["state"] in ("failed", *FINAL)]
             for record in again:
                 claims = [claim | ({"ended": "died, before a retry"} if claim["ended"] == "died" else {}) for claim in record["claims"]]
-                self._write({**record, "state": "open", "failures": 0, "claims": claims})
+                self._write({**record, "state": "open", "failures": 0, "result": None, "claims": claims})
         return len(again)
 
     def records(self) -> list[dict[str, Any]]:
@@ -359,8 +369,19 @@ class Ledger:
             before = self.recall()
             others = {path: entry for path, entry in before.items() if Path(path).parent != inbox}
             if (after := {**others, **seen}) != before:
-                with self._writable():
-                    write_whole(self.folder / "looks.json", json.dumps(after, indent=1))
+                self._write_looks(after)
+
+    def remember_told(self, inbox: Path, news: Mapping[str, str]) -> None:
+        """Remember of which sentences, by the names of an inbox's folders, a person was told."""
+        with self._exclusive():
+            memory = self.recall()
+            told = {_key(inbox, name): {**memory.get(_key(inbox, name), {}), "told": sentence} for name, sentence in news.items()}
+            if told:
+                self._write_looks({**memory, **told})
+
+    def _write_looks(self, memory: Mapping[str, Mapping[str, Any]]) -> None:
+        with self._writable():
+            write_whole(self.folder / "looks.json", json.dumps(memory, indent=1))
 
 
 def _note_death(record: dict[str, Any]) -> None:
@@ -373,23 +394,7 @@ def _note_death(record: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- the inbox
 
 
-def find_sessions(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0) -> list[Session]:
-    """The sessions that are to be processed now, the longest waiting first; `look_into` with its findings logged.
-
-    Raises
-    ------
-    UserError
-        If the inbox is no folder or cannot be read.
-    """
-    found = look_into(inbox, ledger, settle_seconds)
-    for name, sentence in found.news.items():
-        logger.warning("inbox, %s: %s", name, sentence)
-    for name, sentence in found.waiting.items():
-        logger.info("inbox, %s: %s", name, sentence)
-    return found.ready
-
-
-def look_into(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0, tell: bool = True) -> Look:
+def look_into(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0) -> Look:
     """Look for sessions in an inbox.
 
     Parameters
@@ -402,8 +407,6 @@ def look_into(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0, t
     settle_seconds : float
         A session is whole when nothing in it has changed for so long, s, and none of its files bears a name such as
         ``a.tif.part``.
-    tell : bool
-        The caller tells a person of the news, so that they are none the next time.
 
     Returns
     -------
@@ -425,7 +428,7 @@ def look_into(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0, t
     """
     inbox = Path(inbox).absolute()
     entries = _entries(inbox)
-    memory, seen, found, digests = ledger.recall(), dict[str, dict[str, Any]](), Look(), dict[str, str]()
+    memory, seen, found, digests = ledger.recall(), dict[str, dict[str, Any]](), Look(inbox), dict[str, str]()
     told = set[str]()
     for entry in entries:
         before = memory.get(str(inbox / entry), {})
@@ -444,9 +447,10 @@ def look_into(inbox: Path | str, ledger: Ledger, settle_seconds: float = 60.0, t
     for path, entry_memory in seen.items():
         name = Path(path).name
         sentence = found.refused.get(name) or found.set_aside.get(name)
-        if sentence and name not in told and memory.get(path, {}).get("told") != sentence:
+        known = name in told or memory.get(path, {}).get("told") == sentence
+        if sentence and not known:
             found.news[name] = sentence
-        entry_memory["told"] = sentence if tell else memory.get(path, {}).get("told")
+        entry_memory["told"] = sentence if known else None
     found.ready.sort(key=lambda session: (seen[_key(inbox, session.name)]["since"], session.name))
     ledger.remember(inbox, seen)
     return found

@@ -13,13 +13,13 @@ import logging
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -111,6 +111,30 @@ def _epoch(local: datetime) -> float:
     return local.timestamp()
 
 
+class _Flag:
+    """A `threading.Event` that a signal handler may set.
+
+    Python runs handlers in the main thread, wherever it is; inside an Event's `wait` it may hold the lock that the
+    Event's `set` would then wait for, for ever. A SimpleQueue's `put` is made to come in between.
+    """
+
+    def __init__(self) -> None:
+        self._on, self._calls = False, SimpleQueue[None]()
+
+    def set(self) -> None:
+        self._on = True
+        self._calls.put(None)
+
+    def is_set(self) -> bool:
+        return self._on
+
+    def wait(self, seconds: float) -> bool:
+        if not self._on:
+            with suppress(Empty):
+                self._calls.get(timeout=max(0.0, seconds))
+        return self._on
+
+
 class Watch:
     """The process behind ``graincast watch``.
 
@@ -119,7 +143,7 @@ class Watch:
     inbox : Path
         The inbox. One process watches it; any further one is refused.
     config : Monitoring
-        When to run, and what `find_sessions` needs.
+        When to run, and what `look_into` needs.
     command : sequence of str
         What a run is, e.g. ``zenml pipeline run ...``.
     state : Path
@@ -138,8 +162,9 @@ class Watch:
         self.times = Times(config.cron, config.every_seconds)
         self.state = Path(state)
         self._file = state_file(self.state, self.inbox)
-        self._stop, self._hurry = threading.Event(), threading.Event()
+        self._stop, self._hurry = _Flag(), _Flag()
         self._told: str | None = None
+        self._waiting: dict[str, str] = {}
 
     def run(self) -> None:
         """Watch until SIGTERM or SIGINT.
@@ -194,8 +219,11 @@ class Watch:
     def _due(self, now: float) -> float | None:
         """The scheduled time that a run now stands for, if one is due."""
         state = self._load()
-        taken = min(state["due"], now)  # the clock may have been set back
-        return taken if not state["finished"] else self.times.latest(taken, now)
+        if state["due"] > now:  # kept, so that the next time after this comes; counted from a later `now`, none ever would
+            logger.warning("the clock was set back, the last run is of %s; times count from now on", _clock(state["due"]))
+            state["due"] = now
+            self._save(state)
+        return state["due"] if not state["finished"] else self.times.latest(state["due"], now)
 
     # what
 
@@ -224,9 +252,13 @@ class Watch:
 
     def _anything_new(self) -> bool:
         """Whether a pipeline would find something to do or to say; its own look then tells what is new."""
-        found = look_into(self.inbox, Ledger.open(self.state, self.config), self.config.settle_seconds, tell=False)
+        found = look_into(self.inbox, Ledger.open(self.state, self.config), self.config.settle_seconds)
         counts = [len(found.ready), len(found.waiting), len(found.refused), len(found.set_aside)]
         logger.info("%d sessions ready, %d not whole yet, %d refused, %d set aside", *counts)
+        for name, sentence in found.waiting.items():
+            if self._waiting.get(name) != sentence:  # not at every look
+                logger.info("session '%s' waits: %s", name, sentence)
+        self._waiting = found.waiting
         return bool(found.ready or found.news)
 
     def _run_command(self) -> int | None:

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError
 
 FORMAT = 1
 PARTIAL = ".partial-"
@@ -94,7 +94,7 @@ class whole_folder:
     Raises
     ------
     UserError
-        If the folder cannot be made there, or the disk is full.
+        If the folder cannot be made there; `Unavailable` if the disk is full.
 
     Notes
     -----
@@ -154,9 +154,10 @@ class whole_folder:
         return self.path.is_dir() and folder_digest(self.path) == folder_digest(self._partial)
 
     def _unwritable(self, error: OSError) -> UserError:
-        full = _disk_is_full(error)
-        remedy = "free some space and run again, finished stages are kept" if full else "a folder that you may write to would be right"
-        return UserError(f"{self.path} cannot be written: {error.strerror or error}; {remedy}")
+        said = f"{self.path} cannot be written: {error.strerror or error}"
+        if _disk_is_full(error):
+            return Unavailable(f"{said}; free some space and run again, finished stages are kept")
+        return UserError(f"{said}; a folder that you may write to would be right")
 
 
 class ImageSet:

@@ -30,20 +30,18 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from graincast.errors import Unavailable, UserError
+from graincast.errors import Unavailable, UserError, without_login
 from graincast.store.imageset import folder_digest, whole_folder
-from graincast.store.tracking import active_run_id, ensure_experiment
+from graincast.store.tracking import active_run_id, ensure_experiment, first_line, reach
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,11 +61,8 @@ RECORD_FILE = "decision.json"
 ATTACHED = "attached"
 LOCK_SECONDS = 120.0
 """How long a decision waits for another one, s."""
-MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",          # the default of 7 makes a server that is down take minutes to say so
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-"""MLflow's own variables, where the user has not set them."""
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow says of a version, a run or a name that it does not have, and of an alias."""
 TRAINED_FIGURE = "/graincast/ap50"
 """How the report calls AP50 of the segmenter on a set among a run's metrics."""
 PAGE = 1000
@@ -258,7 +253,8 @@ def load_segmenter(reference: str | None = None, device: str = "auto") -> Segmen
     Raises
     ------
     UserError
-        If there is no such model, its bytes are not those of its tag ``dvc.segmenter``, or it has no such tag.
+        If there is no such model, its bytes are not those of its tag ``dvc.segmenter``, or it has no such tag; `Unavailable`
+        if the registry does not answer or its files cannot be read.
     """
     from graincast.segment.segmenter import Segmenter
 
@@ -270,16 +266,12 @@ def load_segmenter(reference: str | None = None, device: str = "auto") -> Segmen
 
 def fetch(reference: str | int | None, into: Path) -> Path:
     """Put a verified copy of a registered segmenter's folder at `into`; `reference` and errors are `load_segmenter`'s."""
-    from mlflow.exceptions import MlflowException
-
     name = str(reference) if reference is not None else None
     with _store() as client:
         uri = _model_uri(client, name)
-        try:
+        with _asked_for(f"model '{name or uri}'"):
             digest = _noted_digest(client, uri)
             _download_model(uri, digest, Path(into), _called(uri))
-        except (MlflowException, OSError) as error:
-            raise UserError(f"model '{name or uri}' cannot be loaded: {_first_line(error)}") from error
     return Path(into)
 
 
@@ -288,7 +280,7 @@ def _model_uri(client: MlflowClient, reference: str | None) -> str:
         newest = client.search_model_versions(f"name = '{MODEL}'", max_results=1, order_by=["version_number DESC"])
         if not newest:
             raise UserError(
-                f"no model '{MODEL}' is registered in {_shown(client.tracking_uri)}; "
+                f"no model '{MODEL}' is registered in {without_login(client.tracking_uri)}; "
                 "train one (make demo) or set MLFLOW_TRACKING_URI (source env.sh)"
             )
         aliases = _aliases(client)
@@ -343,6 +335,19 @@ def _put(source: Path, digest: str, into: Path, called: str) -> None:
                             "nothing of it was read; another version (graincast models, graincast rollback) would be right")
 
 
+@contextlib.contextmanager
+def _asked_for(called: str) -> Iterator[None]:
+    """That a registry which answers has no such thing is its asker's mistake; whatever else fails is the store's (`reach`)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        raise UserError(f"{called} cannot be loaded: {first_line(error)}") from error
+
+
 def _called(uri: str) -> str:
     return f"model '{uri}'"
 
@@ -372,7 +377,7 @@ def version(number: int) -> ModelVersion:
         if candidate.number == number:
             return candidate
     numbers = ", ".join(str(candidate.number) for candidate in known) or "none yet"
-    raise UserError(f"there is no version {number} of {MODEL} in {_shown(_uri())}; registered: {numbers}")
+    raise UserError(f"there is no version {number} of {MODEL} in {without_login(_uri())}; registered: {numbers}")
 
 
 def champion() -> ModelVersion | None:
@@ -479,10 +484,10 @@ def fetch_attached(number: int, name: str, into: Path) -> Path:
     Raises
     ------
     UserError
-        If the version has no such folder, or its bytes are not those that were attached.
+        If the version has no such folder, or its bytes are not those that were attached; `Unavailable` if the registry does
+        not answer or its files cannot be read.
     """
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     carrier = version(number)
     digest = carrier.tags.get(f"dvc.{name}")
@@ -490,10 +495,8 @@ def fetch_attached(number: int, name: str, into: Path) -> Path:
         raise UserError(f"version {number} of {MODEL} carries no '{name}'; it has {', '.join(carrier.hashes) or 'nothing'}")
     called = f"'{name}' of version {number} of {MODEL}"
     with _store(), tempfile.TemporaryDirectory(prefix="graincast-") as scratch:
-        try:
+        with _asked_for(called):
             source = Path(download_artifacts(run_id=carrier.run_id, artifact_path=_attached(name, digest), dst_path=scratch))
-        except (MlflowException, OSError) as error:
-            raise UserError(f"{called} cannot be loaded: {_first_line(error)}") from error
         _put(source, digest, Path(into), called)
     return Path(into)
 
@@ -794,50 +797,5 @@ def _uri() -> str:
     return str(mlflow.get_tracking_uri())
 
 
-@contextlib.contextmanager
-def _store() -> Iterator[MlflowClient]:
-    """MLflow's client; what a store that is down or locked says becomes one sentence."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    uri = _uri()
-    _check_place(uri)
-    chatter = logging.getLogger("mlflow.store.db.utils")  # logs the traceback of what is raised here, too
-    level, unset = chatter.level, MLFLOW_SETTINGS.keys() - os.environ.keys()
-    chatter.setLevel(logging.CRITICAL)
-    os.environ.update({name: MLFLOW_SETTINGS[name] for name in unset})
-    try:
-        yield MlflowClient()
-    except (MlflowException, SQLAlchemyError) as error:
-        raise Unavailable(f"the model registry {_shown(uri)} {_complaint(error)}") from error
-    finally:
-        chatter.setLevel(level)
-        for name in unset:
-            os.environ.pop(name, None)
-
-
-def _check_place(uri: str) -> None:
-    """Of a SQLite file that cannot be, MLflow tries for a minute."""
-    scheme, _, database = uri.partition(":///")
-    if scheme == "sqlite" and (not Path(database).parent.is_dir() or Path(database).is_dir()):
-        raise UserError(f"the model registry {uri} cannot be: there is no folder for it; another MLFLOW_TRACKING_URI (source env.sh) would be right")
-
-
-def _complaint(error: Exception) -> str:
-    said = _first_line(error)
-    if "locked" in said:
-        return f"is locked by another process ({said}); try again when that is through, what had begun is completed then"
-    if "Max retries exceeded" in said:
-        return "does not answer; it may be down, or MLFLOW_TRACKING_URI wrong; try again later, what had begun is completed then"
-    return f"cannot be used: {said}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _shown(uri: str) -> str:
-    """The address without a login in it."""
-    parts = urlsplit(uri)
-    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else uri
+def _store() -> contextlib.AbstractContextManager[MlflowClient]:
+    return reach("the model registry")

@@ -5,20 +5,91 @@ Where MLflow keeps them is said by its own variable, ``MLFLOW_TRACKING_URI`` (``
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from graincast.errors import Unavailable, UserError, without_login
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 EXPERIMENT = "graincast"
 
 MAX_METRICS, MAX_PARAMS = 1000, 100
 """What an MLflow server takes in one call."""
 
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",          # the default of 7 makes a server that is down take minutes to say so
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""MLflow's own variables, where the user has not set them."""
+
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def reach(what: str) -> Iterator[MlflowClient]:
+    """MLflow's client; what a store that is down, locked or full says becomes one sentence, without a login in it.
+
+    Parameters
+    ----------
+    what : str
+        What is looked for there, as the sentence's subject: "the model registry".
+
+    Raises
+    ------
+    UserError
+        If there can be no store where ``MLFLOW_TRACKING_URI`` says.
+    Unavailable
+        If MLflow, its database or its files fail in the ``with`` block.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = str(mlflow.get_tracking_uri())
+    _check_place(what, uri)
+    chatter = logging.getLogger("mlflow.store.db.utils")  # logs the traceback of what is raised here, too
+    level, unset = chatter.level, MLFLOW_SETTINGS.keys() - os.environ.keys()
+    chatter.setLevel(logging.CRITICAL)
+    os.environ.update({name: MLFLOW_SETTINGS[name] for name in unset})
+    try:
+        yield mlflow.MlflowClient()
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise Unavailable(f"{what} {without_login(uri)} {_complaint(error)}") from error
+    finally:
+        chatter.setLevel(level)
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+def _check_place(what: str, uri: str) -> None:
+    """Of a SQLite file that cannot be, MLflow tries for a minute."""
+    scheme, _, database = uri.partition(":///")
+    if scheme == "sqlite" and (not Path(database).parent.is_dir() or Path(database).is_dir()):
+        raise UserError(f"{what} {uri} cannot be: there is no folder for it; another MLFLOW_TRACKING_URI (source env.sh) would be right")
+
+
+def _complaint(error: Exception) -> str:
+    said = first_line(error)
+    if "locked" in said:
+        return f"is locked by another process ({said}); try again when that is through, what had begun is completed then"
+    if "Max retries exceeded" in said:
+        return "does not answer; it may be down, or MLFLOW_TRACKING_URI wrong; try again later, what had begun is completed then"
+    return f"cannot be used: {said}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in a line and without a login."""
+    return (without_login(str(error)).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def ensure_experiment(name: str = EXPERIMENT) -> str:

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graincast.errors import UserError
+from graincast.errors import Unavailable, UserError, without_login
 from graincast.store.imageset import folder_digest, whole_folder
 
 
@@ -103,7 +103,7 @@ def add(folder: Path | str) -> Version:
     Raises
     ------
     UserError
-        If the folder is absent or empty, lies in no DVC project, or the default remote cannot be written.
+        If the folder is absent or empty, or lies in no DVC project; `Unavailable` if the cache or the default remote cannot be written.
     """
     from dvc_data.hashfile.build import build
     from dvc_data.hashfile.checkout import checkout
@@ -147,7 +147,7 @@ def fetch(version: Version, path: Path | str) -> Path:
     Raises
     ------
     UserError
-        If neither `path`, nor the cache, nor the default remote has the content.
+        If neither `path`, nor the cache, nor the default remote has the content; `Unavailable` if the remote does not answer.
     """
     path = Path(path).absolute()
     if path.is_dir() and folder_digest(path) == version.md5:
@@ -238,9 +238,9 @@ def _readable(message: str) -> Iterator[None]:
     try:
         yield
     except (DvcException, ObjectDBError, OSError) as error:
-        raise UserError(f"{message}: {error}") from error
+        raise Unavailable(f"{message}: {without_login(str(error))}") from error
 
 
 def _complete(failed: set[Any], where: str) -> None:
     if failed:
-        raise UserError(f"{len(failed)} objects could not be written to the DVC {where}; is it full?")
+        raise Unavailable(f"{len(failed)} objects could not be written to the DVC {where}; is it full?")
