@@ -185,7 +185,7 @@ def _replayed(config: settings.Recalibration, new: int, old: int) -> list[int]:
 def _champions_preparation(champion: Segmenter, folder: Path, micrographs: ImageSet) -> Preparation:
     """What the champion prepares micrographs with, which the new ones have to have been prepared with, too."""
     if champion.preparation is None:
-        raise UserError(f"{folder} holds a segmenter that was trained without micrographs; one that graincast train has made would be right")
+        raise UserError(f"{folder} holds a segmenter that was trained without micrographs; one that the training pipeline made would be right")
     own, given = champion.preparation.to_dict(), micrographs.info["preparation"]
     unlike = [key for key in ("grain_diameter_px", "clahe_clip", "clahe_tile_px") if own[key] != given[key]]
     if unlike:
