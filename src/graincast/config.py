@@ -346,12 +346,12 @@ class Recalibration(Section):
     translator_steps: int = Field(100, ge=1, description="optimiser steps of the translator, which starts from the champion's")
     translator_learning_rate: float = Field(4e-4, gt=0, description="Adam learning rate of its generators and discriminators")
     segmenter_epochs: int = Field(
-        5, ge=1,
+        4, ge=1,
         description="epochs at most of the segmenter, which starts from the champion's; an epoch sees every image of the new look once",
     )
     segmenter_learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate at its highest, in these epochs")
     replay: float = Field(
-        0.5, ge=0,
+        1.0, ge=0,
         description="images of the old looks for each of the new that the segmenter sees, lest it forget the old; 0: none",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of crops, noise, augmentation and of which old images are seen again")
