@@ -45,8 +45,15 @@ demo: setup
 	fi && \
 	zenml pipeline run pipelines.training.training_pipeline -c $$config
 
+# In two processes, as most machines have two processors: what takes minutes beside the rest.
 test: setup
-	@$(ENV) && python -m pytest
+	@$(ENV) && mkdir -p .graincast && { \
+		python -m pytest -m "slow and not proof" > .graincast/slow-tests.log 2>&1 & slow=$$!; \
+		python -m pytest -m "not slow and not proof"; fast=$$?; \
+		wait $$slow; slow=$$?; \
+		cat .graincast/slow-tests.log; \
+		exit $$((fast | slow)); \
+	}
 
 lint: $(INSTALLED)
 	@$(ENV) && ruff check . && mypy
