@@ -45,9 +45,9 @@ demo: setup
 	fi && \
 	zenml pipeline run pipelines.training.training_pipeline -c $$config
 
-# In two processes, as most machines have two processors: what takes minutes beside the rest.
+# In two processes, as most machines have two processors: what takes minutes beside the rest. Threads that wait must not spin then.
 test: setup
-	@$(ENV) && mkdir -p .graincast && { \
+	@$(ENV) && export OMP_WAIT_POLICY=PASSIVE && mkdir -p .graincast && { \
 		python -m pytest -m "slow and not proof" > .graincast/slow-tests.log 2>&1 & slow=$$!; \
 		python -m pytest -m "not slow and not proof"; fast=$$?; \
 		wait $$slow; slow=$$?; \
