@@ -33,6 +33,8 @@ TINY = {
     "synthesise": {"min_fidelity": -1.0},
     "segmenter": {"epochs": 2, "crop": 64},
     "evaluate": {"require_plausible": False},
+    "gates": {},
+    "drift": {},
 }
 STEPS = ["simulate", "virtual_session", "ingest_virtual", "gate_library", "gate_micrographs", "train_translator", "synthesise", "gate_synthetic",
          "train_segmenter", "evaluate_virtual", "report", "drift_reference", "promote"]
@@ -221,7 +223,8 @@ def test_ctrl_c_loses_nothing(checkout: Checkout, first_run):
     assert resumed.returncode == 0, resumed.stdout
     statuses = checkout.steps()
     # A set: of two steps that start together, either may be listed first.
-    assert {name for name, status in statuses.items() if status == "cached"} == {"simulate", "virtual_session", "ingest_virtual"}
+    assert {name for name, status in statuses.items() if status == "cached"} == {
+        "simulate", "virtual_session", "ingest_virtual", "gate_library", "gate_micrographs"}
 
 
 def test_ctrl_c_leaves_no_half_written_set(checkout: Checkout):
