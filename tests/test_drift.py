@@ -147,13 +147,13 @@ def test_another_champions_reference_is_refused(folder: Path, reference: Path, s
 
 def test_too_few_micrographs_are_no_reference_and_the_verdict_says_so(folder: Path, segmenter: Path) -> None:
     few = micrographs(folder / "few", 3, 1, 3)
-    reference = stages.run_reference(CONFIG, segmenter, few, ImageSet(folder / "synthetic"), folder / "untested")
+    reference = stages.run_reference(CONFIG, segmenter, few, few, folder / "untested")
     verdict = Drift.load(stages.run_drift(CONFIG, reference, segmenter, few, folder / "untested verdict"))
     assert not verdict.drifted
     assert "learned from 3 micrographs" in verdict.sentence
     assert verdict.scores == {}
     with pytest.raises(UserError, match="3 micrographs cannot tell"):
-        drift.make_reference(CONFIG, Segmenter.load(segmenter), few, ImageSet(folder / "synthetic"))
+        drift.make_reference(CONFIG, Segmenter.load(segmenter), few, few)
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"format": 99}), None])
