@@ -16,12 +16,16 @@ import numpy as np
 import tifffile
 from tqdm.auto import tqdm
 
+from graincast.compute import ahead
 from graincast.errors import UserError
 from graincast.evaluate.overlay import overlay
 from graincast.measure.grains import measure_grains, summarise
 from graincast.microscope.preparation import to_grey8
 from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.segment.segmenter import Segmenter
+
+AT_ONCE = 4
+"""Files that are segmented side by side, at most: each takes some hundred bytes a pixel."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,16 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     if twice:
         raise UserError(f"several micrographs are called '{twice[0]}'; their results in {out} would overwrite each other, "
                         "so segment their folders one by one")
-    outcomes = []
+    def outcome(file: Path, name: str) -> Outcome:
+        try:
+            return Outcome(file, summary=_segment_file(segmenter, file, out / name, pixel_size_um))
+        except UserError as error:
+            return Outcome(file, refused=reason(error, file))
+
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file, name in zip(tqdm(files, desc="segment", unit="image", disable=None), names, strict=True):
-            try:
-                outcomes.append(Outcome(file, summary=_segment_file(segmenter, file, out / name, pixel_size_um)))
-            except UserError as error:
-                outcomes.append(Outcome(file, refused=reason(error, file)))
+        several = ahead(outcome, files, names, threads=min(AT_ONCE, os.cpu_count() or 1))  # most of the work holds no interpreter lock
+        outcomes = list(tqdm(several, desc="segment", unit="image", total=len(files), disable=None))
         _write_summary(out, outcomes)
     except OSError as error:
         raise UserError(f"results cannot be written to {out}: {error}") from error
