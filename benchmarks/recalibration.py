@@ -246,7 +246,8 @@ def main() -> None:
         print(pd.DataFrame(rows).set_index("seed").T.round(3).to_string())
     found = summary(rows)
     if options.record:
-        kept = {"command": f"python -m benchmarks.recalibration --record --first-seed {options.first_seed} --seeds {options.seeds}" + " --ablation" * options.ablation,
+        seeds = f"--first-seed {options.first_seed} --seeds {options.seeds}"
+        kept = {"command": f"python -m benchmarks.recalibration --record {seeds}" + " --ablation" * options.ablation,
                 "commit": tracking.git_commit(ROOT), "machine": {**machine.describe(), "torch_threads": torch.get_num_threads()},
                 "change": CHANGE, "recalibration": config.recalibration.model_dump(), **found,
                 "seeds": [{key: round(value, 4) for key, value in row.items()} for row in rows]}
