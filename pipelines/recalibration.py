@@ -45,7 +45,7 @@ def recalibrate(settings: Config, segmenter: Any, session: Any) -> Any:
     old_translator, for_translator, for_synthetic, for_validation, micrographs_old, training_old, validation_old = champion_data()
     translator = recalibrate_translator(settings.recalibration, settings.translator, old_translator, for_translator, micrographs)
     training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
-    gate_synthetic(settings.gates, training, micrographs)  # raises before anything is trained on what does not pass
+    gate_synthetic(settings.gates, training, validation, micrographs)  # raises before anything is trained on what does not pass
     challenger = recalibrate_segmenter(settings.recalibration, segmenter, training, training_old, validation, validation_old, micrographs)
     all_micrographs, all_training, all_validation = join_looks(micrographs_old, micrographs, training_old, training, validation_old, validation)
     reference = drift_reference(settings.drift, challenger, all_micrographs, all_training)

@@ -38,10 +38,10 @@ def training_pipeline(config: dict[str, Any]) -> None:
     else:
         content = content_digest(Path(session.folder), "session.folder")
         micrographs = ingest(settings.ingest, for_translator, session.folder, session.masks, content)
-    gates = [gate_library(settings.gates, for_synthetic), gate_micrographs(settings.gates, micrographs)]
+    gates = [gate_library(settings.gates, for_translator, for_synthetic, for_validation), gate_micrographs(settings.gates, micrographs)]
     translator = train_translator(settings.translator, for_translator, micrographs, after=gates)
     training, validation = synthesise(settings.synthesise, for_synthetic, for_validation, translator)
-    gate = gate_synthetic(settings.gates, training, micrographs)
+    gate = gate_synthetic(settings.gates, training, validation, micrographs)
     segmenter = train_segmenter(settings.segmenter, training, validation, micrographs, after=[gate])
     if session.folder is None:
         evaluation = evaluate_virtual(settings.evaluate, session, segmenter, translator, for_synthetic, training, validation, micrographs, virtual)

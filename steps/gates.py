@@ -11,10 +11,11 @@ from steps.stage import output_folder, stage
 
 
 @stage("run_gate_library")
-def gate_library(config: Gates, morphologies: ImageSet) -> Annotated[Artifact, "library_gate"]:
-    """Simulated pictures and their labels."""
+def gate_library(config: Gates, translator: ImageSet, synthetic: ImageSet, validation: ImageSet) -> Annotated[Artifact, "library_gate"]:
+    """Simulated pictures and their labels, of all three purposes."""
     from graincast.stages import run_gate_library
 
+    morphologies = {"translator": translator, "synthetic": synthetic, "validation": validation}
     return Artifact(run_gate_library(config, morphologies, output_folder("gate")), "gate")
 
 
@@ -27,8 +28,8 @@ def gate_micrographs(config: Gates, micrographs: ImageSet) -> Annotated[Artifact
 
 
 @stage("run_gate_synthetic")
-def gate_synthetic(config: Gates, training: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "synthetic_gate"]:
-    """The labelled synthetic set, against what the micrographs themselves say of their grains."""
+def gate_synthetic(config: Gates, training: ImageSet, validation: ImageSet, micrographs: ImageSet) -> Annotated[Artifact, "synthetic_gate"]:
+    """The labelled synthetic sets, against what the micrographs themselves say of their grains."""
     from graincast.stages import run_gate_synthetic
 
-    return Artifact(run_gate_synthetic(config, training, micrographs, output_folder("gate")), "gate")
+    return Artifact(run_gate_synthetic(config, {"training": training, "validation": validation}, micrographs, output_folder("gate")), "gate")

@@ -114,11 +114,15 @@ def rise(reference: str | None = None) -> float:
 # Aliases and records
 
 
+def challenge(number: int) -> None:
+    MlflowClient().set_registered_model_alias(registry.MODEL, registry.CHALLENGER, str(number))
+
+
 def test_promotions_and_rollbacks_move_the_aliases_and_are_on_record(store: str) -> None:
-    registry.challenge(1)
+    challenge(1)
     assert aliases() == {"challenger": 1}
     assert registry.promote(1, decision(1, None), by="run a").after == {"champion": 1}
-    registry.challenge(2)
+    challenge(2)
     assert rise() == 0.1, "a challenger changes nothing"
     record = registry.promote(2, decision(2, 1), by="run b")
     assert (record.action, record.champion, record.before) == ("promote", 1, {"champion": 1, "challenger": 2})
@@ -199,7 +203,7 @@ def test_of_two_runs_that_register_the_same_bytes_the_second_takes_the_version_o
 
 @pytest.mark.parametrize("act", [
     lambda: registry.promote_by_hand(9, "why", by="x"), lambda: registry.promote_by_hand(1, " ", by="x"), lambda: registry.rollback("why", by="x"),
-    lambda: registry.challenge(9), lambda: registry.attach(1, "segmenter", Path()), lambda: registry.fetch_attached(1, "reference", Path("x")),
+    lambda: registry.attach(1, "segmenter", Path()), lambda: registry.fetch_attached(1, "reference", Path("x")),
 ])
 def test_what_cannot_be_is_said_and_moves_nothing(store: str, act: Any) -> None:
     with pytest.raises(UserError):
@@ -352,7 +356,7 @@ def test_a_killed_decision_leaves_a_whole_registry(store: str, template: tuple[s
     registry.promote_by_hand(1, "first", by="x")
     if what == "rollback":
         registry.promote_by_hand(3, "better", by="x")
-    registry.challenge(2)
+    challenge(2)
     call = ("promote", (2, decision(2, 1))) if what == "promote" else ("rollback", ("bad",))
     before = aliases()
     after = {"champion": 2, "previous": 1} if what == "promote" else {"champion": 1, "challenger": 2}

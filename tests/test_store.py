@@ -59,7 +59,7 @@ def test_no_sentence_has_a_login() -> None:
 
 
 @pytest.mark.parametrize(("said", "down"), [("database or disk is full", True), ("attempt to write a readonly database", True),
-                                            ("database is locked", True), ("no such column", False)])
+                                            ("database is locked", True), ("no such column", False), ("full_name was refused successfully", False)])
 def test_a_store_that_cannot_take_anything_is_down(said: str, down: bool) -> None:
     assert is_down(OperationalError("INSERT", {}, sqlite3.OperationalError(said))) is down
     assert not is_down(ValueError(said))

@@ -314,7 +314,8 @@ def _stage_gate_library(config: Config, data: Path) -> None:
     from graincast.stages import run_gate_library
     from graincast.store.imageset import ImageSet
 
-    run_gate_library(config.gates, ImageSet(data / "morphologies" / "synthetic"), data / "gates" / "library")
+    morphologies = {name: ImageSet(data / "morphologies" / name) for name in ("translator", "synthetic", "validation")}
+    run_gate_library(config.gates, morphologies, data / "gates" / "library")
 
 
 def _stage_gate_micrographs(config: Config, data: Path) -> None:
@@ -328,7 +329,8 @@ def _stage_gate_synthetic(config: Config, data: Path) -> None:
     from graincast.stages import run_gate_synthetic
     from graincast.store.imageset import ImageSet
 
-    run_gate_synthetic(config.gates, ImageSet(data / "synthetic" / "training"), ImageSet(data / "micrographs"), data / "gates" / "synthetic")
+    synthetic = {name: ImageSet(data / "synthetic" / name) for name in ("training", "validation")}
+    run_gate_synthetic(config.gates, synthetic, ImageSet(data / "micrographs"), data / "gates" / "synthetic")
 
 
 def _stage_drift_reference(config: Config, data: Path) -> None:

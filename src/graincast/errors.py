@@ -17,7 +17,7 @@ class Unavailable(UserError):
 
 
 CLIENTS = ("mlflow", "sqlalchemy", "requests", "urllib3")
-SILENT = ("locked", "Max retries", "refused", "timed out", "unable to open database", "full", "readonly")
+SILENT = ("is locked", "Max retries", "Connection refused", "timed out", "unable to open database", "disk is full", "readonly database")
 """Libraries that speak to stores and servers, and what they say of one that does not answer or cannot take anything."""
 
 

@@ -23,6 +23,7 @@ from graincast.measure.grains import measure_grains, summarise
 from graincast.microscope.preparation import to_grey8
 from graincast.microscope.reader import find_micrographs, read_micrograph, reason
 from graincast.segment.segmenter import Segmenter
+from graincast.store.imageset import whole_file
 
 AT_ONCE = 4
 """Files that are segmented side by side, at most: each takes some hundred bytes a pixel."""
@@ -106,34 +107,18 @@ def _segment_file(segmenter: Segmenter, file: Path, result: Path, pixel_size_um:
     grains = measure_grains(labels, pixel_size, field=field)
     stored = labels.astype(np.uint16 if labels.max() < 65536 else np.uint32)
     resolution: dict[str, Any] = {"resolution": (1e4 / pixel_size,) * 2, "resolutionunit": "CENTIMETER"} if pixel_size else {}
-    with _whole_file(result.with_name(f"{result.name}_labels.tif")) as path:
+    with whole_file(result.with_name(f"{result.name}_labels.tif")) as path:
         tifffile.imwrite(path, stored, compression="zlib", **resolution)
-    with _whole_file(result.with_name(f"{result.name}_overlay.png")) as path:
+    with whole_file(result.with_name(f"{result.name}_overlay.png")) as path:
         iio.imwrite(path, overlay(to_grey8(micrograph.image, field), labels, field=field), extension=".png")
-    with _whole_file(result.with_name(f"{result.name}_grains.csv")) as path:
+    with whole_file(result.with_name(f"{result.name}_grains.csv")) as path:
         grains.to_csv(path, index=False, float_format="%.6g")
     return {"pixel_size_um": pixel_size, **summarise(grains)}
 
 
-class _whole_file:
-    """Write beside the file and put it in place at the end, so that no half-written result passes for whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.partial
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
-
-
 def _write_summary(out: Path, outcomes: Iterable[Outcome]) -> None:
     images = [{"file": outcome.source.name, **(outcome.summary or {"refused": outcome.refused})} for outcome in outcomes]
-    with _whole_file(out / "summary.json") as path:
+    with whole_file(out / "summary.json") as path:
         path.write_text(json.dumps({"images": [_finite(image) for image in images]}, indent=1, allow_nan=False))
 
 

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 FIELDS, SYNTHETIC, UNLABELLED = "fields", "synthetic", "unlabelled"
 LABELLED_FIGURES = ("ap50", "bf1_4px", "pq", "miou", "d_astm_g")
-LABEL_FREE_FIGURES = ("agreement", "contrast", "stability")
 
 SIZE_TOLERANCE = 1.25
 """Ratio of sizes that is full agreement: the estimate from the raw image is no better than 25 % (`graincast.microscope.scale`)."""

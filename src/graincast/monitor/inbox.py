@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graincast.errors import UserError
+from graincast.store.imageset import whole_file
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -630,21 +631,9 @@ def _walk(folder: Path) -> Iterator[tuple[str, str, int, os.stat_result]]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old or the new one whole."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}-{time.monotonic_ns()}")
-    try:
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replace a text file so that a crash leaves the old or the new one whole."""
+    with whole_file(file) as partial:
+        partial.write_text(text)
 
 
 def _key(inbox: Path, name: str) -> str:

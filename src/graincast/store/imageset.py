@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -132,8 +133,7 @@ class whole_folder:
     def _sync(self) -> None:
         for file in self._partial.rglob("*"):
             if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                _sync(file)
 
     def _place(self) -> None:
         """Rename what stands at `path` aside and the new folder in; nothing is deleted before the new one stands."""
@@ -158,6 +158,31 @@ class whole_folder:
         if _disk_is_full(error):
             return Unavailable(f"{said}; free some space and run again, finished stages are kept")
         return UserError(f"{said}; a folder that you may write to would be right")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """As `whole_folder`, for one file in a folder that exists; an OSError comes through.
+
+    The body writes the yielded sibling, which is synced and put in place at the end. An exception removes it and leaves what
+    stood at `path`.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class ImageSet:

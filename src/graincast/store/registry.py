@@ -168,7 +168,7 @@ def ensure_registered(folder: Path, example: np.ndarray, tags: Mapping[str, str 
     """Have a segmenter registered as a version of ``graincast-segmenter``.
 
     The version whose tag ``dvc.segmenter`` is the folder's hash is kept where the registry has one; else the segmenter
-    is logged in the active run and becomes the next version. It gets no alias: see `challenge` and `promote`.
+    is logged in the active run and becomes the next version. It gets no alias: see `promote`.
 
     Parameters
     ----------
@@ -385,11 +385,6 @@ def champion() -> ModelVersion | None:
     return _pointed_at(CHAMPION)
 
 
-def challenger() -> ModelVersion | None:
-    """The newest candidate; None while there is none."""
-    return _pointed_at(CHALLENGER)
-
-
 def previous() -> ModelVersion | None:
     """What `rollback` would bring back; None where there is nothing."""
     return _pointed_at(PREVIOUS)
@@ -507,14 +502,6 @@ def _attached(name: str, digest: str) -> str:
 
 
 # Decisions
-
-
-def challenge(number: int) -> None:
-    """Make a version the ``challenger``; the champion stays what it is."""
-    version(number)
-    with _locked() as client:
-        if _aliases(client).get(CHAMPION) != number:
-            client.set_registered_model_alias(MODEL, CHALLENGER, str(number))
 
 
 def promote(number: int, decision: Decision, *, by: str) -> Record:
