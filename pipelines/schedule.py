@@ -47,7 +47,7 @@ def schedule(cron: str, config: Path, inbox: str | None) -> str:
         raise UserError(f"the orchestrator '{orchestrator.name}' ({orchestrator.flavor}) has no schedules; run `{watch}` instead, by hand, as a "
                         "systemd unit or from a cron line (docs/operations.md has both)")
     tree = settings.model_dump(exclude_unset=True)
-    tree["monitoring"] = {**tree.get("monitoring", {}), "inbox": folder}
+    tree["monitoring"] = {**tree.get("monitoring", {}), "inbox": str(Path(folder).absolute())}  # the orchestrator's processes start elsewhere
     parse_config(tree, str(config))
     earlier = client.list_schedules(name=f"startswith:{NAME}").items
     if earlier and not orchestrator.supports_schedule_deletion:
@@ -75,12 +75,20 @@ def _submit(client: Client, name: str, cron: str, config: Path, tree: dict[str, 
     configured = monitoring_pipeline.with_options(schedule=Schedule(name=name, cron_expression=cron), **document)
     try:
         configured(config=tree)
-    except BaseException as error:  # Ctrl-C, too: what ZenML noted before it asked the orchestrator goes again
-        for half_made in client.list_schedules(name=name).items:
-            client.delete_schedule(half_made.id)
-        if not isinstance(error, NotImplementedError | RuntimeError):  # some have schedules, but none for dynamic pipelines
+    except BaseException as error:  # Ctrl-C, too
+        _forget(client, name)
+        if not isinstance(error, Exception):
             raise
         raise UserError(f"the orchestrator does not take the schedule: {error}; run `graincast watch` instead (docs/operations.md)") from error
+
+
+def _forget(client: Client, name: str) -> None:
+    """ZenML notes a schedule before it asks the orchestrator; one that was not taken goes again."""
+    for half_made in client.list_schedules(name=name).items:
+        try:
+            client.delete_schedule(half_made.id)  # also where the orchestrator had taken it before the failure
+        except Exception:  # whatever its client raises when it never heard of it
+            client.zen_store.delete_schedule(half_made.id)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ CONFIG = {
 }
 MONITOR = "zenml pipeline run pipelines.monitoring.monitoring_pipeline -c production.yaml"
 STRICT = MONITOR.replace("production", "strict")
-"""The same, where nothing is ever promoted."""
+"""The same, where nothing is ever promoted and no session is set aside for its dead processes."""
 CHANGED = VirtualSem(gain=1.25, offset=0.12, electrons=100, channelling=0.3, groove_depth_um=0.07)
 """A look in which the champion finds less than a third of the grains."""
 STEPS = ("champion", "check_session", "segment_session", "test_drift", "note_drift", "session_images", "champion_data",
@@ -45,12 +45,76 @@ STEPS = ("champion", "check_session", "segment_session", "test_drift", "note_dri
 pytestmark = pytest.mark.slow
 
 
+SCHEDULES = """
+import json, os, subprocess
+from pathlib import Path
+from zenml.client import Client
+from zenml.enums import StackComponentType
+from pipelines import schedule
+
+client, kind = Client(), StackComponentType.ORCHESTRATOR
+usual = client.active_stack_model
+
+def use(orchestrator):
+    client.create_flavor(f"tests.cron_orchestrator.{orchestrator}Flavor", kind)
+    client.create_stack_component(orchestrator, orchestrator.lower(), kind, {"crontab": str(Path(f"{orchestrator}.json").absolute())})
+    client.create_stack(orchestrator, {of: parts[0].id for of, parts in usual.components.items()} | {kind: orchestrator})
+    client.activate_stack(orchestrator)
+
+def attempt(fault=None):
+    os.environ["CRON_FAULT"] = fault or ""
+    try:
+        said = schedule.schedule("0 6 * * *", Path("production.yaml"), None)
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    return said
+
+def noted():
+    return {str(found.id): found.name for found in client.list_schedules(name="startswith:graincast").items}
+
+def crontab():
+    file = Path(f"{client.active_stack.orchestrator.name}.json")
+    return json.loads(file.read_text()) if file.exists() else {}
+
+try:
+    use("Cron")
+    assert attempt("submit") == ("UserError: the orchestrator does not take the schedule: the cluster is away; "
+                                 "run `graincast watch` instead (docs/operations.md)") and noted() == {}
+    assert attempt("interrupt").startswith("KeyboardInterrupt") and noted() == {}
+    assert "Cron runs the monitoring pipeline at '0 6 * * *'" in attempt() and len(noted()) == 1 and set(noted()) == set(crontab())
+    assert "ZenML cannot delete it from 'Cron' (cron)" in attempt() and len(noted()) == 1  # and it stays as it is
+    client.zen_store.delete_schedule(next(iter(noted())))
+
+    use("StaticCron")
+    assert "does not support dynamic pipelines" in attempt() and noted() == crontab() == {}
+
+    use("DeletingCron")
+    said, old = attempt(), noted()
+    assert len(old) == 1 and set(old) == set(crontab()), said
+    attempt("submit")
+    assert noted() == old and set(old) == set(crontab())  # the old one stays until the new one is accepted
+    said = attempt("delete")
+    assert all(word in said for word in [*old.values(), "stands", "forbidden"]), said
+    assert len(noted()) == len(crontab()) == 2 and set(old) < set(noted())
+    said = attempt()
+    assert len(noted()) == len(crontab()) == 1 and not set(old) & set(noted()), said
+    [line] = crontab().values()
+    assert line["cron"] == "0 6 * * *"
+    due = subprocess.run(line["command"], env={**os.environ, **line["environment"]}, cwd="/", capture_output=True, text=True)
+    assert due.returncode == 0, due.stdout + due.stderr
+    [run] = client.list_pipeline_runs(schedule_id=next(iter(noted()))).items
+    assert run.status == "completed"
+finally:
+    client.activate_stack(usual.id)
+"""
+
+
 class Lab(Checkout):
     """A checkout with an inbox."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        for name, changes in (("production", {}), ("strict", {"promotion": {"margin": 1.0}})):
+        for name, changes in (("production", {}), ("strict", {"promotion": {"margin": 1.0}, "monitoring": {**CONFIG["monitoring"], "crashes": 40}})):
             (root / f"{name}.yaml").write_text(yaml.safe_dump({"parameters": {"config": CONFIG | changes}}))
 
     def deliver(self, name: str, seed: int, sem: VirtualSem | None = None) -> Path:
@@ -114,6 +178,15 @@ def test_session_in_control_is_segmented_and_its_bad_files_are_set_aside(lab: La
     again = lab.run(MONITOR)
     assert again.returncode == 0, again.stdout
     assert lab.ledger()["in control"]["claims"] == record["claims"]  # processed once
+
+
+def test_schedule_is_the_orchestrators_where_it_has_them(lab: Lab):
+    """Replaced, kept and forgotten as it should be; and when its time comes, a session of the inbox is processed."""
+    lab.deliver("scheduled", seed=8)
+    (lab.root / "schedules.py").write_text(SCHEDULES)
+    done = lab.run("python schedules.py")
+    assert done.returncode == 0, done.stdout
+    assert lab.ledger()["scheduled"]["state"] == "done"
 
 
 def test_inference_pipeline_segments_a_folder(lab: Lab):
