@@ -1,6 +1,6 @@
 """An orchestrator that has schedules: ZenML's local one with a crontab, a file of one line a schedule, as a cluster's would be.
 
-A due line is run by hand; what it runs is ZenML's own entry point, the command that orchestrators give their containers. Three kinds,
+A due line is run by hand, in a process of its own that does what ZenML's entry point does in an orchestrator's container. Three kinds,
 as there are in the field: schedules that can be deleted through ZenML, that cannot, and that take no dynamic pipelines.
 """
 
@@ -15,8 +15,13 @@ from typing import Any
 
 from zenml.orchestrators import BaseOrchestrator, BaseOrchestratorFlavor, LocalOrchestrator
 from zenml.orchestrators.local.local_orchestrator import LocalOrchestratorConfig
-from zenml.pipelines.dynamic.entrypoint_configuration import DynamicPipelineEntrypointConfiguration
 
+RUN = """
+import sys
+from zenml.client import Client
+from zenml.execution.pipeline.dynamic.runner import DynamicPipelineRunner
+DynamicPipelineRunner(snapshot=Client().get_snapshot(sys.argv[1]), run=None).run_pipeline()
+"""
 FAULT = "CRON_FAULT"
 """Environment variable: ``submit`` or ``delete`` fails, or ``interrupt`` comes while the cluster is asked."""
 
@@ -47,8 +52,7 @@ class Cron(LocalOrchestrator):
     def submit_dynamic_pipeline(self, snapshot: Any, stack: Any, environment: dict[str, str], placeholder_run: Any = None) -> Any:
         if fault := {"submit": OSError("the cluster is away"), "interrupt": KeyboardInterrupt()}.get(os.environ.get(FAULT, "")):
             raise fault
-        entry = DynamicPipelineEntrypointConfiguration
-        command = [sys.executable, *entry.get_entrypoint_command()[1:], *entry.get_entrypoint_arguments(snapshot_id=snapshot.id)]
+        command = [sys.executable, "-c", RUN, str(snapshot.id)]
         line = {"cron": snapshot.schedule.cron_expression, "command": command, "environment": environment}
         self.crontab.write_text(json.dumps(self.lines() | {str(snapshot.schedule.id): line}))
 

@@ -100,7 +100,7 @@ try:
     assert len(noted()) == len(crontab()) == 1 and not set(old) & set(noted()), said
     [line] = crontab().values()
     assert line["cron"] == "0 6 * * *"
-    due = subprocess.run(line["command"], env={**os.environ, **line["environment"]}, cwd="/", capture_output=True, text=True)
+    due = subprocess.run(line["command"], env={**os.environ, **line["environment"]}, capture_output=True, text=True)
     assert due.returncode == 0, due.stdout + due.stderr
     [run] = client.list_pipeline_runs(schedule_id=next(iter(noted()))).items
     assert run.status == "completed"
