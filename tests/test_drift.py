@@ -104,6 +104,26 @@ def test_a_change_is_seen_and_named(folder: Path, reference: Path, segmenter: Pa
     assert descriptor in {entry["descriptor"] for entry in verdict.moved}
 
 
+def test_images_of_no_common_look_are_not_learned_from(folder: Path, reference: Path, segmenter: Path) -> None:
+    """Each alone would be a change of the look; together they are several."""
+    rng = np.random.default_rng(9)
+    looks = ({"noise": 20.0}, {"gain": 0.5}, {"tones": 45.0}, {"noise": 1.0, "gain": 1.4}, {"blur": 0.5}, {"tones": 0.0, "noise": 25.0})
+    with ImageSetWriter(folder / "mixed", "micrographs") as writer:
+        for k, change in enumerate(looks):
+            image = picture(rng, **change)
+            writer.add(image, id=str(k), session="mixed", scale=1.0, grain_diameter_px=GRAIN_PX, **describe(image / np.float32(255)))
+    verdict = judged(folder, reference, segmenter, writer.result)
+    assert (verdict.drifted, verdict.cause, verdict.mendable) == (True, "mixed", False)
+    assert "no look in common" in verdict.sentence
+
+
+@pytest.mark.parametrize(("images", "mendable"), [(1, False), (2, False), (3, True)])
+def test_few_images_do_not_show_a_look(folder: Path, reference: Path, segmenter: Path, images: int, mendable: bool) -> None:
+    verdict = judged(folder, reference, segmenter, micrographs(folder / "few", 202, 1, images, noise=14.0))
+    assert (verdict.drifted, verdict.cause, verdict.mendable) == (True, "look", mendable)
+    assert ("too few images" in verdict.sentence) is not mendable
+
+
 def test_words_follow_the_direction(folder: Path, reference: Path, segmenter: Path) -> None:
     finer = judged(folder, reference, segmenter, micrographs(folder / "finer", 201, 1, 6, zoom=0.6))
     (entry,) = [entry for entry in finer.moved if entry["descriptor"] == "grain_size"]

@@ -321,6 +321,14 @@ class Drift(Section):
     strong: float = Field(2.0, ge=1, description="score, in units of its threshold, from which on drift is strong")
     size_ratio: float = Field(1.2, ge=1, description="ratio of grain sizes, either way, from which on size is the cause")
     foreign_share: float = Field(0.9, gt=0, le=1, description="share of patches outside the synthetic manifold from which on images are foreign")
+    mixed_spread: float = Field(
+        2.0, ge=1,
+        description="spread between a session's images, in units of that of the reference's sessions (the descriptors' median), from which on "
+                    "they have no look in common: up to 1.7 on virtual sessions of one changed look",
+    )
+    fewest_images: int = Field(
+        3, ge=1, description="images that a session needs for its look to be learned anew: what one alone shows may be its own"
+    )
     resamples: int = Field(300, ge=50, description="parts of the reference judged against its rest, for each size of session, to calibrate")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the resampling")
 

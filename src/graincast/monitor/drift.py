@@ -80,9 +80,9 @@ class Drift:
         ``none``, ``slight`` or ``strong``.
     cause : str
         ``none``; ``look`` (the microscope's settings or the specimen's surface); ``size`` (grains, or the magnification);
-        ``focus``; ``foreign`` (not what the champion was made for).
+        ``focus``; ``foreign`` (not what the champion was made for); ``mixed`` (images that have no look in common).
     mendable : bool
-        Whether re-learning the look can mend it.
+        Whether re-learning the look can mend it, and the images are enough to show one.
     moved : list of dict
         ``descriptor, sigmas, direction`` (``up`` or ``down``), ``words``, the largest first.
     sentence : str
@@ -395,15 +395,17 @@ def _tolerances(columns: Sequence[str]) -> np.ndarray:
 
 
 def _moves(reference: Reference, config: settings.Drift, images: pd.DataFrame) -> pd.DataFrame:
-    """A row a descriptor: ``t, shift`` (of the mean), ``error`` (of that), ``reference`` (its mean), ``missing`` (share of images)."""
+    """A row a descriptor: ``t, shift`` (of the mean), ``error`` (of that), ``reference`` (its mean), ``missing`` (share of images),
+    ``spread`` (standard deviation between the images, in those of the reference's sessions; NaN of one image)."""
     columns = [name for name in reference.columns if name in images]
     own = _components(_filled(reference.images, columns), _numbers(reference.images), _tolerances(columns), config.session_spread)
     values = images[columns].to_numpy(float)
     n = np.isfinite(values).sum(axis=0)
     mean = np.where(n > 0, np.nansum(values, axis=0) / np.maximum(n, 1), own.mean)
     error = own.error(np.maximum(n, 1))
+    spread = images[columns].astype(float).std().to_numpy() / np.sqrt(own.within)
     return pd.DataFrame({"t": (mean - own.mean) / error, "shift": mean - own.mean, "error": error, "reference": own.mean,
-                         "missing": 1 - n / len(images)}, index=pd.Index(columns, name="descriptor"))
+                         "missing": 1 - n / len(images), "spread": spread}, index=pd.Index(columns, name="descriptor"))
 
 
 def column_bounds(reference: Reference, config: settings.Drift, images: pd.DataFrame) -> dict[str, float]:
@@ -537,6 +539,7 @@ def _scores(reference: Reference, session: Described, moves: pd.DataFrame, place
         "manifold_score": float(sided.get(MANIFOLD, 0.0) / columns), "outside_share": float((placed.distances > reference.facts["outside"]).mean()),
         "mmd2": mmd2, "columns_threshold": columns, "images": float(n),
         "size_ratio": 2 ** _value(moves, GRAIN_SIZE, "shift", math.nan) if unsized < 1 else math.nan, "unsized_share": unsized,
+        "spread": float(moves["spread"].median()) if n > 1 else math.nan,
     }
     return scores | {f"t_{name}": float(t) for name, t in moves["t"].items()}
 
@@ -554,7 +557,9 @@ def _verdict(config: settings.Drift, moves: pd.DataFrame, scores: dict[str, floa
                                                        "by more than sessions do.", scores)
     cause = _cause(config, moves, scores)
     severity = "strong" if score >= config.strong else "slight"
-    return Drift(True, severity, cause, cause == "look", moved, _sentence(cause, severity, moved, scores), scores)
+    enough = scores["images"] >= config.fewest_images
+    sentence = _sentence(cause if enough or cause != "look" else "few", severity, moved, scores)
+    return Drift(True, severity, cause, cause == "look" and enough, moved, sentence, scores)
 
 
 def _moved(moves: pd.DataFrame, threshold: float) -> list[dict[str, Any]]:
@@ -571,7 +576,9 @@ def _cause(config: settings.Drift, moves: pd.DataFrame, scores: dict[str, float]
         return "foreign"
     if _out_of_focus(moves, scores):
         return "focus"
-    return "size" if _other_size(config, moves, scores) else "look"
+    if _other_size(config, moves, scores):
+        return "size"
+    return "mixed" if scores["spread"] > config.mixed_spread else "look"
 
 
 def _out_of_focus(moves: pd.DataFrame, scores: dict[str, float]) -> bool:
@@ -602,7 +609,9 @@ def _other_size(config: settings.Drift, moves: pd.DataFrame, scores: dict[str, f
 
 
 WORDS = {"look": "the look has changed, which re-learning it can mend", "size": "grains are {factor} those that it was trained on",
-         "focus": "the images are out of focus; take them again", "foreign": "these are not the kind of images that it was made for"}
+         "focus": "the images are out of focus; take them again", "foreign": "these are not the kind of images that it was made for",
+         "mixed": "the images differ from each other more than those of one session do, and have no look in common that could be learned",
+         "few": "the look has changed, but too few images show it to re-learn it from them"}
 
 
 def _sentence(cause: str, severity: str, moved: list[dict[str, Any]], scores: dict[str, float]) -> str:
