@@ -284,8 +284,10 @@ def real_figures(study: RealStudy) -> tuple[dict[str, Any], list[str]]:
     whole = study.reference()
     others = sorted(file for file in (study.data / "out-of-distribution").iterdir() if file.suffix.lower() in (".jpg", ".png", ".tif"))
     strange = {file.stem: told(file.stem, study.judge(whole, [file], pixel_known=False)) for file in others}
+    together = told("all of them as a session", study.judge(whole, others, pixel_known=False))
     return figures | {"ood_caught": sum(_caught(v) for v in strange.values()), "ood_images": len(strange),
-                      "ood_named": {name: _name(v) for name, v in strange.items()}}, lines
+                      "ood_named": {name: _name(v) for name, v in strange.items()}, "ood_session": _name(together),
+                      "ood_trained_on": sum(_trained_on(v) for v in [*strange.values(), together])}, lines
 
 
 def _nbt_figures(study: RealStudy, told: Callable[[str, Drift | str], Drift | str], one_session: bool) -> dict[str, Any]:
@@ -302,6 +304,10 @@ def _nbt_figures(study: RealStudy, told: Callable[[str, Drift | str], Drift | st
 
 def _caught(verdict: Drift | str) -> bool:
     return isinstance(verdict, str) or verdict.drifted
+
+
+def _trained_on(verdict: Drift | str) -> bool:
+    return not isinstance(verdict, str) and verdict.mendable
 
 
 def _name(verdict: Drift | str) -> str:
