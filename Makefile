@@ -1,5 +1,6 @@
 # make demo                      the whole loop on the embedded virtual SEM
 # make demo SEM_DIR=folder       the same on a folder of micrographs (or one file); MASK_DIR=folder: its expert masks
+# make serve                     the champion over HTTP, until Ctrl-C; PORT=5001: where
 # make test | lint | dashboards | clean
 #
 # Every target sets up what it needs: virtual environment, pinned packages, ZenML stack, MLflow, DVC.
@@ -7,6 +8,7 @@
 PYTHON ?= python3.11
 SEM_DIR ?=
 MASK_DIR ?=
+PORT ?= 5001
 $(if $(MASK_DIR),$(if $(SEM_DIR),,$(error MASK_DIR=$(MASK_DIR) without SEM_DIR; SEM_DIR=folder names the micrographs that the masks belong to)))
 
 ENV := . ./env.sh
@@ -17,7 +19,7 @@ PLACES := $(shell $(ENV) && echo "$$ZENML_CONFIG_PATH $$ZENML_STORE_URL $$ZENML_
 INSTALLED := .venv/.installed
 STACK := .graincast/stack-$(PLACES)
 
-.PHONY: setup demo test lint dashboards clean
+.PHONY: setup demo serve test lint dashboards clean
 
 setup: $(STACK)
 
@@ -44,6 +46,10 @@ demo: setup
 			$(if $(MASK_DIR),--set session.masks="$(MASK_DIR)") -o $$config; \
 	fi && \
 	zenml pipeline run pipelines.training.training_pipeline -c $$config
+
+# The answers, limits and kinds of errors are in docs/serving.md.
+serve: setup
+	@$(ENV) && exec graincast serve --port $(PORT)
 
 # In two processes, as most machines have two processors: what takes minutes beside the rest. Threads that wait must not spin then.
 test: setup

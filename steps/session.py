@@ -20,12 +20,14 @@ def check_session(config: Gates, segmenter: Artifact, folder: str, fingerprint: 
 
 
 @stage("run_segment_session")
-def segment_session(config: Gates, segmenter: Artifact, session: Artifact, folder: str, fingerprint: str) -> Annotated[Artifact, "grains"]:
-    """Grain maps, overlays and tables of the files that passed."""
-    from graincast.stages import SESSION_IMAGES, run_segment_session
+def segment_session(config: Gates, segmenter: Artifact, session: Artifact, folder: str, fingerprint: str,
+                    exports: list[str] | None = None) -> Annotated[Artifact, "grains"]:
+    """Grain maps, overlays and tables of the files that passed, or other kinds of `graincast.export.kinds.KINDS`."""
+    from graincast.stages import SESSION_IMAGES, USUAL, run_segment_session
 
     images = ImageSet(session.path / SESSION_IMAGES)
-    return Artifact(run_segment_session(config, segmenter.path, images, Path(folder), output_folder("grains")), "grains")
+    out = run_segment_session(config, segmenter.path, images, Path(folder), output_folder("grains"), exports or USUAL)
+    return Artifact(out, "grains")
 
 
 @stage("run_drift")

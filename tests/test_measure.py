@@ -11,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
 from skimage import measure, segmentation
 
 from graincast.labels import fill_lines
-from graincast.measure.grains import astm_grain_size_number, measure_grains, summarise
+from graincast.measure.grains import measure_grains, summarise
+from graincast.measure.scan import filled, scan
+from graincast.measure.standards import astm_e112_planimetric
 
 
 def ellipse(length: float, width: float, degrees: float = 0.0) -> np.ndarray:
@@ -93,6 +97,65 @@ def test_agrees_with_scikit_image_on_any_map(labels: np.ndarray) -> None:
             assert math.sin(math.radians(difference)) == pytest.approx(0, abs=1e-6)
 
 
+def brute_force_ferets(pixels: np.ndarray) -> tuple[float, float]:
+    """Largest and smallest width of the corners of some pixels, over the pairs of corners and the sides of their hull."""
+    corners = np.unique(np.concatenate([pixels + shift for shift in ((0, 0), (0, 1), (1, 0), (1, 1))]), axis=0)
+    hull = corners[ConvexHull(corners).vertices]
+    sides = hull - np.roll(hull, 1, axis=0)
+    normals = np.stack([-sides[:, 1], sides[:, 0]]) / np.hypot(*sides.T)
+    return float(pdist(hull).max()), float(np.ptp(hull @ normals, axis=0).min())
+
+
+@settings(max_examples=40, deadline=None)
+@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=st.integers(0, 3)))
+def test_ferets_neighbours_and_junctions_of_any_map(labels: np.ndarray) -> None:
+    # against qhull, and against loops over the pixels; labels may lie in pieces
+    grown = fill_lines(labels)
+    table = measure_grains(labels, None).set_index("label")
+    touching = set()
+    for one, other in ((grown[:, :-1], grown[:, 1:]), (grown[:-1], grown[1:])):
+        touching |= {(min(pair), max(pair)) for pair in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True) if pair[0] != pair[1]}
+    for label, grain in table.iterrows():
+        assert (grain["feret_max_px"], grain["feret_min_px"]) == pytest.approx(brute_force_ferets(np.argwhere(grown == label)))
+        assert 0 <= grain["feret_max_deg"] < 180
+        assert grain["neighbours"] == sum(label in pair for pair in touching)
+    corners = [len(set(grown[r : r + 2, c : c + 2].ravel())) - 2 for r in range(grown.shape[0] - 1) for c in range(grown.shape[1] - 1)]
+    assert scan(grown).triple_junctions == (sum(max(corner, 0) for corner in corners) if grown.any() else 0)
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 45, 90, 135, 170])
+def test_feret_direction_of_a_needle(degrees: float) -> None:
+    grain = measure_shape(ellipse(120, 12, degrees))
+    assert grain["feret_max_px"] == pytest.approx(120, rel=0.015)
+    assert grain["feret_min_px"] == pytest.approx(12, abs=1.5)  # the corners of the pixels lie outside a slanted outline
+    assert abs((grain["feret_max_deg"] - degrees + 90) % 180 - 90) < 1.5
+
+
+def test_a_map_in_bands_is_the_map_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.random.default_rng(0).integers(1, 9, (37, 23)).astype(np.uint16)
+    whole = scan(labels)
+    monkeypatch.setattr("graincast.measure.scan.BAND_PX", 60)
+    banded = scan(labels)
+    for name in ("ids", "runs", "crossings", "boundary_crossings", "steps", "at_border", "neighbours", "triple_junctions"):
+        assert np.array_equal(getattr(whole, name), getattr(banded, name)), name
+
+
+def test_a_complete_map_is_not_copied() -> None:
+    labels = squares(4, 10)
+    assert filled(labels) is labels
+    barred = np.pad(labels, ((0, 5), (0, 0)))
+    assert filled(barred, barred > 0) is barred
+    assert filled(barred).all()
+    assert filled(barred, np.ones(barred.shape, bool)).all()
+    assert not filled(labels, np.zeros(labels.shape, bool)).any()
+
+
+def test_huge_labels_cost_no_more_than_small_ones() -> None:
+    labels = squares(3, 12)
+    pd.testing.assert_frame_equal(measure_grains(labels.astype(np.int64) * 10**12, 0.2).drop(columns="label"),
+                                  measure_grains(labels, 0.2).drop(columns="label"))
+
+
 def test_lines_are_shared_and_areas_tile_the_field() -> None:
     labels = squares(5, 20, line=3)
     before = labels.copy()
@@ -122,9 +185,10 @@ def test_units_scale_and_stand_in_the_names(size: float) -> None:
     labels = squares(4, 18, line=2, cut=5)
     px, um = measure_grains(labels, None), measure_grains(labels, size)
     assert um["area_um2"].to_numpy() == pytest.approx(px["area_px2"].to_numpy() * size**2)
-    for name in ("equivalent_diameter", "perimeter"):
+    for name in ("equivalent_diameter", "perimeter", "feret_max", "feret_min"):
         assert um[f"{name}_um"].to_numpy() == pytest.approx(px[f"{name}_px"].to_numpy() * size)
-    same = ["label", "centroid_x_px", "aspect_ratio", "circularity", "orientation_deg", "touches_border"]
+    same = ["label", "centroid_x_px", "aspect_ratio", "circularity", "orientation_deg", "touches_border", "feret_max_deg",
+            "neighbours"]
     pd.testing.assert_frame_equal(um[same], px[same])
     assert not [name for name in px if name.endswith(("_um", "_um2"))]
     assert list(measure_grains(labels, math.nan).columns) == list(px.columns)
@@ -141,18 +205,12 @@ def test_grid_of_squares_gives_the_astm_number_by_hand() -> None:
     assert summary["grains_per_mm2"] == pytest.approx(density)
     assert summary["mean_area_um2"] == pytest.approx(180**2 / 82)
     assert summary["astm_grain_size_number"] == pytest.approx(3.321928 * math.log10(density) - 2.954)
-    ideal = astm_grain_size_number(1e6 / 20**2)  # one grain too many from the corners
+    ideal = astm_e112_planimetric(1e6 / 20**2)  # one grain too many from the corners
     assert summary["astm_grain_size_number"] - ideal == pytest.approx(math.log2(82 / 81), abs=1e-4)
     diameter = 2 * 20 / math.sqrt(math.pi)
     for name in ("mean_equivalent", "median_equivalent", "area_weighted_mean_equivalent"):
         assert summary[f"{name}_diameter_um"] == pytest.approx(diameter)
     assert summary["std_equivalent_diameter_um"] == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize(("number", "grains_per_mm2"), [(1, 15.50), (5, 248.0), (8, 1984.0), (10, 7936.0)])
-def test_astm_number_against_the_table_of_the_standard(number: int, grains_per_mm2: float) -> None:
-    # ASTM E112-13, table 4
-    assert astm_grain_size_number(grains_per_mm2) == pytest.approx(number, abs=0.005)
 
 
 def test_summary_leaves_cut_grains_out_of_the_diameters() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -33,7 +32,7 @@ from sqlalchemy.exc import OperationalError
 from graincast.config import Config
 from graincast.config import Segmenter as SegmenterConfig
 from graincast.errors import Unavailable, UserError, is_down, without_login
-from graincast.microscope.preparation import Preparation
+from graincast.microscope.reader import from_array
 from graincast.segment.instances import Cut
 from graincast.segment.network import build_network
 from graincast.segment.segmenter import Segmenter
@@ -41,6 +40,7 @@ from graincast.store import registry, tracking, versioning
 from graincast.store.imageset import ImageSet, ImageSetWriter, content_digest, folder_digest, whole_folder
 from graincast.store.versioning import Artifact, Version
 from steps.sources import source_files
+from tests.test_inference import PREPARATION, micrograph
 
 SOURCES = Path(__file__).parents[1] / "src"
 
@@ -472,11 +472,11 @@ def test_the_commit_is_known_only_in_git(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def registered(server: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Segmenter, np.ndarray]:
     """Two untrained segmenters, registered as versions 1 and 2; the first one and an image."""
-    image = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+    image = np.rint(255 * micrograph()).astype(np.uint8)
     segmenters = []
     for level in (0.3, 0.6):
         network = build_network("Unet", "resnet18", None).eval()
-        segmenters.append(Segmenter(network, Cut(30, rise=level), SegmenterConfig(precision="float32").model_dump()))
+        segmenters.append(Segmenter(network, Cut(30, rise=level), SegmenterConfig(precision="float32").model_dump(), PREPARATION))
         folder = tmp_path_factory.mktemp("segmenter")
         segmenters[-1].save(folder)
         with mlflow.start_run():
@@ -503,8 +503,8 @@ def test_the_registered_model_describes_itself(registered: tuple[Segmenter, np.n
     version = mlflow.MlflowClient().get_model_version(registry.MODEL, "1")
     info = mlflow.models.get_model_info(f"models:/{registry.MODEL}/1")
     assert version.tags.keys() == {"dvc.segmenter", "git_commit"}
-    assert [(i.type, i.shape) for i in info.signature.inputs] == [(np.dtype("uint8"), (-1, -1, -1))]
-    assert [(o.type, o.shape) for o in info.signature.outputs] == [(np.dtype("int32"), (-1, -1, -1))]
+    assert [(column.name, column.required) for column in info.signature.inputs] == [("image", True), ("pixel_size_um", False)]
+    assert info.signature.outputs.input_names() == ["labels", "grains", "pixel_size_um"]
     assert info.saved_input_example_info is not None
 
 
@@ -516,10 +516,10 @@ def test_the_model_serves_where_graincast_is_not_installed(
     script = f"""
 import sys
 sys.path = [p for p in sys.path if p != {str(SOURCES)!r}]
-import mlflow, numpy as np
+import mlflow, numpy as np, pandas as pd
 mlflow.set_tracking_uri("sqlite:///{server}/mlflow.db")
 model = mlflow.pyfunc.load_model("models:/{registry.MODEL}/1")
-np.save("labels.npy", model.predict(np.load("image.npy")[None]))
+np.save("labels.npy", model.predict(pd.DataFrame([{{"image": np.load("image.npy"), "pixel_size_um": 0.05}}]))["labels"][0])
 import graincast
 print(graincast.__file__)
 """
@@ -527,7 +527,7 @@ print(graincast.__file__)
     assert str(server) in run.stdout
     labels = np.load(tmp_path / "labels.npy")
     assert labels.dtype == np.int32
-    np.testing.assert_array_equal(labels[0], first.segment(image))
+    np.testing.assert_array_equal(labels, first.segment_micrograph(from_array(image), 0.05))
 
 
 def test_another_registry_gets_the_segmenter_too(server: Path, tmp_path: Path) -> None:
@@ -556,14 +556,11 @@ def test_the_requirements_of_a_served_segmenter_are_all_it_imports(tmp_path: Pat
         pending |= {canonicalize_name(need.name) for need in needed if not need.marker or need.marker.evaluate()} - allowed
     owners = {package: {canonicalize_name(name) for name in names} for package, names in metadata.packages_distributions().items()}
     blocked = [package for package, names in owners.items() if not names & {*allowed, "graincast"}]
-    assert {"zenml", "dvc", "pandas", "pyarrow", "matplotlib", "rsciio", "mlflow", "pydantic", "tqdm"} & allowed <= {"tqdm"}
+    assert {"zenml", "dvc", "pyarrow", "matplotlib", "rsciio", "mlflow", "pydantic", "tqdm", "openvino", "roifile"} & allowed <= {"tqdm"}
 
-    example = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
-    given = {"grain_diameter_px": 20.0, "clahe_clip": 0.01, "clahe_tile_px": 32.0, "cut_info_bar": True}
-    preparation = Preparation(**{field.name: given.get(field.name) for field in dataclasses.fields(Preparation)})  # type: ignore[arg-type]
     network = build_network("Unet", "resnet18", None).eval()
-    Segmenter(network, Cut(30), SegmenterConfig(precision="float32").model_dump(), preparation).save(tmp_path)
-    np.save(tmp_path / "example.npy", example)
+    Segmenter(network, Cut(30), SegmenterConfig(precision="float32").model_dump(), PREPARATION).save(tmp_path)
+    tifffile.imwrite(tmp_path / "example.tif", np.rint(255 * micrograph()).astype(np.uint8))
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
@@ -571,11 +568,11 @@ import numpy as np
 from graincast.store.pyfunc import _load_pyfunc
 served = _load_pyfunc({str(tmp_path)!r})
 assert served.segmenter.preparation
-np.save("labels.npy", served.predict(np.load("example.npy")[None]))
+np.save("labels.npy", served.predict(open("example.tif", "rb").read())["labels"][0])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "labels.npy").shape == (1, 96, 96)
+    assert np.load(tmp_path / "labels.npy").shape == (160, 160)
 
 
 # What the stages are made of

@@ -1,10 +1,11 @@
-"""The command line: ``graincast segment``, ``models``, ``promote``, ``rollback``, ``watch``, ``sessions``, ``schedule``, ``configure``,
-``simulate``, ``stage`` and ``virtual-sem``.
+"""The command line: ``graincast segment``, ``compare``, ``models``, ``promote``, ``rollback``, ``watch``, ``sessions``, ``schedule``, ``configure``,
+``simulate``, ``growth``, ``stage`` and ``virtual-sem``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -52,21 +53,34 @@ def segment(
         typer.Option(help="MLflow model URI, e.g. models:/graincast-segmenter/3; default: the registered champion, else the newest version"),
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(min=1e-6, help="pixel size in um of files whose metadata has none")] = None,
+    export: Annotated[
+        str, typer.Option(help="what to write, with commas between: labels, overlay, csv, parquet, roi, geojson, coco, report; or all")
+    ] = "labels,overlay,csv,report",
 ) -> None:
-    """Find the grains of micrographs: label TIFF, overlay PNG, CSV of grains and a JSON summary."""
-    from graincast.inference import segment_files
+    """Find and measure the grains of micrographs; a folder that is segmented again is only done where something has changed.
+
+    Exit status: 0 every file was done, 1 some were refused, 2 none was done.
+    """
+    from graincast.export.kinds import chosen
+    from graincast.inference import count, segment_files
     from graincast.store.registry import load_segmenter
 
-    outcomes = segment_files(load_segmenter(model), sources, out, pixel_size)
-    table = Table("micrograph", "grains", "mean diameter", "ASTM G")
+    kinds = chosen(export)
+    outcomes = segment_files(load_segmenter(model), sources, out, pixel_size, exports=kinds)
+    table = Table("micrograph", "grains", "mean diameter", "ASTM G", "")
     for outcome in outcomes:
         found = outcome.summary
-        table.add_row(outcome.source.name, *(_grain_cells(found) if found else (f"[red]refused[/]: {outcome.refused}", "", "")))
+        cells = _grain_cells(found) if found else (f"[red]refused[/]: {escape(outcome.refused or '')}", "", "")
+        table.add_row(escape(outcome.source.name), *cells, "done before" if outcome.before else "")
     console = Console()
     console.print(table)
-    console.print(f"results: {out}")
-    if any(outcome.refused for outcome in outcomes):
-        raise typer.Exit(1)
+    counts = count(outcomes)
+    told = ", ".join(f"{number} {state}" for state, number in counts.items()).replace("_", " ")
+    console.print(f"{told}; results: {out}")
+    for sentence in json.loads((out / "summary.json").read_text())["warnings"]:
+        console.print(escape(sentence))
+    if counts["refused"]:
+        raise typer.Exit(1 if counts["refused"] < len(outcomes) else 2)
 
 
 def _grain_cells(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -75,7 +89,63 @@ def _grain_cells(found: dict[str, Any]) -> tuple[str, str, str]:
     return str(found["grains"]), f"{mean:.3g} {unit}" if mean is not None else "-", f"{number:.1f}" if number is not None else "-"
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for all, which lets every machine of the network in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: one that is free")] = 5001,
+    model: Annotated[
+        str | None, typer.Option(help="version (3), alias (challenger) or folder of a segmenter; default: the champion, else the newest version")
+    ] = None,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="largest body, MiB")] = 64,
+    max_megapixels: Annotated[float, typer.Option(min=0.01, help="largest image, million px; a worker takes some hundred MB for each")] = 25,
+    queue: Annotated[int, typer.Option(min=1, help="requests that may wait or be worked on at once; further ones are told to come back")] = 1000,
+    workers: Annotated[int | None, typer.Option(min=1, help="images that are segmented at once; default: one a processor, at most 4")] = None,
+) -> None:
+    """Serve a segmenter over HTTP: POST a micrograph to /segment, get labels and the table of grains (docs/serving.md)."""
+    from graincast import serve as server
+
+    limits = server.Limits(max_body_mb * 2**20, round(1e6 * max_megapixels), queue, **({"workers": workers} if workers else {}))
+    server.serve(server.Model.load(model), host, port, limits)
+
+
+@app.command()
+def package(
+    out: Annotated[Path, typer.Argument(help="file to write, e.g. graincast.zip")],
+    model: Annotated[
+        str | None, typer.Option(help="version (3), alias (challenger) or folder of a segmenter; default: the champion, else the newest version")
+    ] = None,
+) -> None:
+    """Write a segmenter as a BioImage.IO model package (format 0.5), which its own test has passed."""
+    from graincast.store.bioimage import write_package
+    from graincast.store.registry import load_segmenter
+
+    print(f"{write_package(load_segmenter(model, 'cpu'), out)}: a BioImage.IO model, tested")
+
+
 By = Annotated[str, typer.Option(help="who decides, for the record")]
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="folder that `graincast segment` wrote, or a table (CSV, Parquet): what is compared against")],
+    b: Annotated[Path, typer.Argument(help="the other one")],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="column to compare, e.g. feret_max_um; twice where A and B name it differently; default: equivalent diameter"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the figure and the figures as JSON")] = None,
+) -> None:
+    """Compare two sessions' grain sizes, or what was found with what was measured by hand."""
+    from graincast.measure.compare import compare_files, write_comparison
+
+    columns = column or []
+    if len(columns) > 2:
+        raise UserError(f"--column is given {len(columns)} times; once for both tables or once for each would be right")
+    found = compare_files(a, b, (columns[0], columns[-1]) if columns else (None, None))
+    for sentence in (found.sentence, *found.warnings):
+        print(sentence)
+    if out is not None:
+        print(f"results: {', '.join(str(path) for path in write_comparison(found, out))}")
 
 
 @app.command()
@@ -276,6 +346,33 @@ def _steps(text: str) -> list[int]:
         return [int(step) for step in text.split(",")]
     except ValueError:
         raise UserError(f"--frames {text}: time steps with commas between them would be right, e.g. 0,200,1000") from None
+
+
+@app.command()
+def growth(
+    out: Annotated[Path, typer.Option(help="folder to make: growth.csv, growth.json, growth.png and growth.gif")],
+    model: Annotated[str | None, typer.Option(help="version (3) or alias (challenger); default: the champion, else the newest version")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder of a training run whose models to take instead, e.g. runs/training_pipeline-...")] = None,
+    translator: Annotated[Path | None, typer.Option(help="folder of a translator to take instead; needs --segmenter")] = None,
+    segmenter: Annotated[Path | None, typer.Option(help="folder of a segmenter to take instead; needs --translator")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="configuration file with a simulate section; default: every default")] = None,
+    frames: Annotated[str, typer.Option(help="number of frames, evenly in time, or time steps, e.g. 2000,4000,8000,16000")] = "16",
+    size: Annotated[int, typer.Option(min=64, help="side of the simulated field, px; the larger, the more grains")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="seed of surface and noise")] = 0,
+) -> None:
+    """Watch grains grow through the microscope: a simulated series, imaged, segmented and measured, with the kinetics of growth."""
+    from graincast.growth import growth_of, load_models
+
+    asked = _steps(frames)
+    settings = (load_config(config) if config else Config()).simulate
+    models = load_models(model, run, translator, segmenter)
+    grown = growth_of(*models, settings, out, frames=asked[0] if len(asked) == 1 else asked, size=size, seed=seed)
+    table = Table("kinetics, 95 % interval", *grown.fits)
+    for name in ("exponent", "ideal_rate", "log_slope"):
+        table.add_row(name.replace("_", " "), *(str(getattr(fit, name)) for fit in grown.fits.values()))
+    console = Console()
+    console.print(grown.doubt if grown.doubt else table)
+    console.print(f"{len(grown.table)} frames: {out}")
 
 
 @app.command()

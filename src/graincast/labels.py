@@ -27,9 +27,10 @@ def fill_lines(labels: np.ndarray, field: np.ndarray | None = None) -> np.ndarra
     >>> fill_lines(np.array([[1, 1, 0, 0, 2]]))
     array([[1, 1, 1, 2, 2]])
     """
-    inside = labels if field is None else np.where(field, labels, 0)
-    if inside.all() or not inside.any():
-        return inside.copy()
+    inside = labels.copy() if field is None else np.where(field, labels, 0)
+    lines = inside == 0 if field is None else field & (inside == 0)
+    if not lines.any() or not inside.any():
+        return inside
     nearest = ndi.distance_transform_edt(inside == 0, return_distances=False, return_indices=True)
     grown = inside[tuple(nearest)]
     return grown if field is None else np.where(field, grown, 0)

@@ -27,6 +27,7 @@ from graincast.evaluate.evaluation import evaluate, match_masks
 from graincast.evaluate.fields import labelled_fields
 from graincast.evaluate.promotion import Decision, decide
 from graincast.evaluate.realism import set_realism
+from graincast.export.kinds import USUAL
 from graincast.inference import segment_files
 from graincast.microscope.ingest import BadSession, ingest, ingest_session
 from graincast.microscope.preparation import Preparation
@@ -34,7 +35,7 @@ from graincast.microscope.virtual_sem import write_session
 from graincast.monitor.drift import FEWEST_IMAGES, Drift, Reference, column_bounds, describe_session, judge, make_reference, place
 from graincast.report import session as session_report
 from graincast.segment.segmenter import Segmenter
-from graincast.segment.train import train_segmenter
+from graincast.segment.train import calibrated, train_segmenter
 from graincast.simulate.library import mean_grain_diameter, simulate_library
 from graincast.store.gates import PAGE, Gate, check_grains, check_library, check_session, check_synthetic, judge_session, read_grains
 from graincast.store.imageset import ImageSet, ImageSetWriter, folder_digest, whole_folder
@@ -141,10 +142,11 @@ def run_synthesise(config: settings.Synthesise, morphologies: Mapping[str, Image
 
 def run_train_segmenter(config: settings.Segmenter, training: ImageSet, validation: ImageSet, micrographs: ImageSet, out: Path,
                         log: Log | None = None, checkpoint: Checkpoint | None = None) -> Path:
-    """A segmenter in `out`: ``segmenter.safetensors`` (with the micrographs' preparation inside) and ``history.csv``."""
+    """A segmenter in `out`: ``segmenter.safetensors`` (the micrographs' preparation and a calibration inside) and ``history.csv``."""
     history = _History(log)
-    choosing, _ = halves(validation)
+    choosing, held_out = halves(validation)
     segmenter = train_segmenter(_pairs(training, range(len(training))), _pairs(validation, choosing), config, log=history, checkpoint=checkpoint)
+    _calibrate(segmenter, _pairs(validation, held_out), config.seed, log)
     segmenter.parents = {"training": training.digest, "validation": validation.digest, "micrographs": micrographs.digest}
     segmenter.preparation = Preparation.from_dict(micrographs.info["preparation"])
     return _save_segmenter(segmenter, history, out)
@@ -165,9 +167,11 @@ def run_recalibrate_segmenter(config: settings.Recalibration, champion: Path, tr
         "epochs": config.segmenter_epochs, "learning_rate": config.segmenter_learning_rate, "seed": config.seed})
     again = _replayed(config, len(training_new), len(training_old))
     training = _pairs(training_new, range(len(training_new))) + _pairs(training_old, again)
-    validation = [pair for images in (validation_new, validation_old) for pair in _pairs(images, halves(images)[0])]
+    validation, held_out = ([pair for images in (validation_new, validation_old) for pair in _pairs(images, halves(images)[half])]
+                            for half in (0, 1))
     history = _History(log)
     segmenter = train_segmenter(training, validation, changed, log=history, checkpoint=checkpoint, start=start)
+    _calibrate(segmenter, held_out, config.seed, log)
     segmenter.parents = {"training": training_new.digest, "validation": validation_new.digest, "training_old": training_old.digest,
                          "validation_old": validation_old.digest, "micrographs": micrographs.digest, "champion": folder_digest(champion)}
     segmenter.preparation = preparation
@@ -192,6 +196,13 @@ def _champions_preparation(champion: Segmenter, folder: Path, micrographs: Image
         raise UserError(f"{micrographs.path} was not prepared as the champion prepares micrographs ({unlike[0]} {given[unlike[0]]}, "
                         f"the champion's {own[unlike[0]]}); a session prepared with the champion's preparation would be right")
     return champion.preparation
+
+
+def _calibrate(segmenter: Segmenter, held_out: Sequence[tuple[np.ndarray, np.ndarray]], seed: int, log: Log | None) -> None:
+    """Give a segmenter its confidence, and tell how far that can be relied upon."""
+    segmenter.calibration = calibrated(segmenter, held_out, seed)
+    if log and segmenter.calibration:
+        log(0, {f"confidence_{name}": value for name, value in segmenter.calibration.figures.items()})
 
 
 def _save_segmenter(segmenter: Segmenter, history: _History, out: Path) -> Path:
@@ -347,7 +358,8 @@ def run_session_report(name: str, session: Path, out: Path, *, grains: Path | No
     return out
 
 
-def run_segment_session(config: settings.Gates, segmenter: Path, session: ImageSet, source: Path, out: Path) -> Path:
+def run_segment_session(config: settings.Gates, segmenter: Path, session: ImageSet, source: Path, out: Path,
+                        exports: Sequence[str] = USUAL) -> Path:
     """What the champion finds in the accepted files of a session: see `graincast.inference.segment_files`; and the ``gate`` of the grains.
 
     `session` says which files of the folder `source` passed the session's gate; the others are left alone. The files are
@@ -356,7 +368,7 @@ def run_segment_session(config: settings.Gates, segmenter: Path, session: ImageS
     """
     files = [source / name for name in session.rows["source"]]
     with whole_folder(out) as folder:
-        segment_files(Segmenter.load(segmenter), files, folder, names=list(session.rows["id"]))  # files of sub-folders share stems
+        segment_files(Segmenter.load(segmenter), files, folder, names=list(session.rows["id"]), exports=exports)  # files of sub-folders share stems
         (folder / SESSION_GATE).mkdir()
         check_grains(read_grains(folder), config, _suggested_diameters(session)).save(folder / SESSION_GATE)
     return out
@@ -412,7 +424,7 @@ class _History:
 
 
 def halves(validation: ImageSet) -> tuple[range, range]:
-    """Indices of the validation images that choose the epoch, and of those that are only ever scored."""
+    """Indices of the validation images that choose the epoch, and of those that do not: they are scored and calibrate the confidence."""
     if len(validation) < 2:
         raise UserError(f"{len(validation)} of the validation images passed the check of label fidelity; two are needed, "
                         "so a larger simulate.validation_structures or a smaller synthesise.min_fidelity would be right")

@@ -1,7 +1,6 @@
 """Grains in physical units: one row a grain, and what a field of them says about the material.
 
-Every quantity comes from counting pixels and pixel pairs over the whole map at once, so the cost grows with
-the number of pixels and not with the number of grains.
+Every quantity comes from one pass over the map (`graincast.measure.scan`).
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import ndimage as ndi
 
-from graincast.labels import fill_lines
+from graincast.measure.scan import SPACINGS, Scan, ferets, filled, scan
+from graincast.measure.standards import astm_e112_planimetric
 
-# Scan directions of the perimeter estimate, as (row, column) steps, with the distance in px between
-# neighbouring scan lines of that direction.
-_SCANS = (((0, 1), 1.0), ((1, 0), 1.0), ((1, 1), math.sqrt(0.5)), ((1, -1), math.sqrt(0.5)))
 _PIXEL_MOMENT = 1 / 12  # second moment of a unit square about its centre, px^2
 
 
@@ -48,7 +44,7 @@ def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: st
         ``centroid_x_px``, ``centroid_y_px``
             Centre of mass in the image, column and row, 0 = centre of the first pixel.
         ``area_*2``
-            Area once the boundary lines are shared out to the nearest grains (`fill_lines`). The areas of a
+            Area once the boundary lines are shared out to the nearest grains (`graincast.labels.fill_lines`). The areas of a
             field add up to the field.
         ``equivalent_diameter_*``
             Diameter of the circle of that area, 2 sqrt(A / pi).
@@ -66,6 +62,14 @@ def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: st
             0 = along the rows. Means nothing where the aspect ratio is close to 1.
         ``touches_border``
             Whether the grain reaches the edge of the field and so may be cut.
+        ``feret_max_*``, ``feret_min_*``
+            Largest and smallest Feret (caliper) diameter: diameter and width of the convex hull of the pixels'
+            corners.
+        ``feret_max_deg``
+            Direction of the largest, as ``orientation_deg``. Of several equally large ones, one.
+        ``neighbours``
+            Number of grains that share a boundary with it, of one side of a pixel at least. A grain at the border
+            may have more, unseen.
 
     Raises
     ------
@@ -86,17 +90,15 @@ def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: st
     0      1       0.5           2.0             90.0
     1      2       0.5           2.0             90.0
     """
-    _check(labels, pixel_size_um, field)
-    unit, size = ("px", 1.0) if pixel_size_um is None or math.isnan(pixel_size_um) else ("um", pixel_size_um)
-    grown = fill_lines(labels, field)
-    ids, dense = np.unique(grown, return_inverse=True)
-    if ids[:1] != 0:  # dense index 0 stands for "no grain" in what follows, also where the grains leave none
-        ids, dense = np.insert(ids, 0, 0), dense + 1
-    area = np.bincount(dense.ravel(), minlength=ids.size)[1:].astype(float)
-    x, y, length, width, angle = _ellipses(dense, area)
-    perimeter = _perimeters(dense, ids.size)
+    check_map(labels, pixel_size_um, field)
+    unit, size = unit_and_size(pixel_size_um)
+    scanned = scan(filled(labels, field))
+    area = scanned.area_px2
+    x, y, length, width, angle = _ellipses(scanned, area)
+    perimeter = np.pi / 2 * (scanned.crossings * SPACINGS).mean(axis=1)  # Crofton: pi times the mean width
+    feret_max, feret_min, feret_angle = ferets(scanned)
     table = pd.DataFrame({
-        "label": ids[1:].astype(np.int64),
+        "label": scanned.ids,
         "centroid_x_px": x,
         "centroid_y_px": y,
         f"area_{unit}2": area * size**2,
@@ -105,7 +107,11 @@ def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: st
         "aspect_ratio": length / width,
         "circularity": np.minimum(4 * np.pi * area / perimeter**2, 1.0),
         "orientation_deg": angle,
-        "touches_border": _at_border(dense, ids.size, field),
+        "touches_border": scanned.at_border,
+        f"feret_max_{unit}": feret_max * size,
+        f"feret_min_{unit}": feret_min * size,
+        "feret_max_deg": feret_angle,
+        "neighbours": np.bincount(scanned.neighbours.ravel(), minlength=len(area) + 1)[1:],
     })
     if image_id is not None:
         table.insert(0, "image_id", image_id)
@@ -167,23 +173,18 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         f"area_weighted_mean_equivalent_diameter_{unit}": weighted_mean,
         f"mean_area_{unit}2": area.sum() / count if count else None,
         "grains_per_mm2": density,
-        "astm_grain_size_number": astm_grain_size_number(density) if density else None,
+        "astm_grain_size_number": astm_e112_planimetric(density) if density else None,
     }
     return {name: _plain(value) for name, value in summary.items()}
 
 
-def astm_grain_size_number(grains_per_mm2: float) -> float:
-    """ASTM E112 grain size number G of a planimetric count, in grains per mm^2 at unit magnification.
-
-    Examples
-    --------
-    >>> round(astm_grain_size_number(15.50), 2)  # one grain per square inch at 100x is G = 1 by definition
-    1.0
-    """
-    return 3.321928 * math.log10(grains_per_mm2) - 2.954
+def unit_and_size(pixel_size_um: float | None) -> tuple[str, float]:
+    """``um`` and the pixel size, or ``px`` and 1 where that is None or NaN."""
+    return ("px", 1.0) if pixel_size_um is None or math.isnan(pixel_size_um) else ("um", pixel_size_um)
 
 
-def _check(labels: np.ndarray, pixel_size_um: float | None, field: np.ndarray | None) -> None:
+def check_map(labels: np.ndarray, pixel_size_um: float | None, field: np.ndarray | None) -> None:
+    """ValueError unless these are a map of grains, a pixel size or none, and a field or none."""
     if labels.ndim != 2 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"want a 2-D integer label map, got {labels.dtype} {labels.shape}")
     if labels.min() < 0:
@@ -194,41 +195,21 @@ def _check(labels: np.ndarray, pixel_size_um: float | None, field: np.ndarray | 
         raise ValueError(f"pixel_size_um must be positive, got {pixel_size_um}")
 
 
-def _ellipses(dense: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Centroid x and y, principal standard deviations and angle (degrees) of the labels 1..N."""
-    row, column = np.ogrid[: dense.shape[0], : dense.shape[1]]
+def _ellipses(scanned: Scan, area: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Centroid x and y, principal standard deviations and angle (degrees) of the grains."""
+    grain, row, start, stop = scanned.runs.T.astype(np.int64)
+    pixels, middle = stop - start, (start + stop - 1) / 2
 
     def mean(values: np.ndarray) -> np.ndarray:
-        weights = np.broadcast_to(values, dense.shape).ravel()
-        return np.bincount(dense.ravel(), weights, area.size + 1)[1:] / area
+        return np.bincount(grain, pixels * values, area.size + 1)[1:] / area
 
-    x, y = mean(column), mean(row)
-    dx = column - np.insert(x, 0, 0.0)[dense]
-    dy = np.insert(y, 0, 0.0)[dense] - row  # upwards, as the image is seen
-    xx, yy, xy = mean(dx * dx) + _PIXEL_MOMENT, mean(dy * dy) + _PIXEL_MOMENT, mean(dx * dy)
+    x, y = mean(middle), mean(row)
+    dx, dy = middle - x[grain - 1], y[grain - 1] - row  # upwards, as the image is seen
+    # the pixels of a run lie about its middle with (n^2 - 1) / 12
+    xx, yy, xy = mean(dx * dx + (pixels**2 - 1) / 12) + _PIXEL_MOMENT, mean(dy * dy) + _PIXEL_MOMENT, mean(dx * dy)
     centre, spread = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
     angle = np.rad2deg(np.arctan2(2 * xy, xx - yy) / 2) % 180 % 180  # the first leaves 180 of a tiny negative
     return x, y, np.sqrt(centre + spread), np.sqrt(centre - spread), angle
-
-
-def _perimeters(dense: np.ndarray, count: int) -> np.ndarray:
-    """Crofton perimeter in px of the labels 1..count-1: pi times the mean width over the scan directions."""
-    padded = np.pad(dense, 1)
-    height, width = padded.shape[0], padded.shape[1]
-    total = np.zeros(count)
-    for (down, right), spacing in _SCANS:
-        here = padded[: height - down, max(0, -right) : width - max(0, right)]
-        there = padded[down:, max(0, right) : width + min(0, right)]
-        differ = here != there
-        crossings = np.bincount(here[differ], minlength=count) + np.bincount(there[differ], minlength=count)
-        total += spacing * crossings / 2
-    return np.pi * total[1:] / len(_SCANS)
-
-
-def _at_border(dense: np.ndarray, count: int, field: np.ndarray | None) -> np.ndarray:
-    inside = np.ones(dense.shape, bool) if field is None else field.astype(bool)
-    edge = inside & ~ndi.binary_erosion(inside, border_value=0)
-    return np.bincount(dense[edge], minlength=count)[1:] > 0
 
 
 def _unit(table: pd.DataFrame) -> str:

@@ -50,11 +50,27 @@ def prepare(image: np.ndarray, scale: float, clahe_clip: float, clahe_tile_px: f
     .. [1] K. Zuiderveld, "Contrast limited adaptive histogram equalization", Graphics Gems IV (1994), 474-485,
            doi:10.1016/B978-0-12-336156-1.50061-6.
     """
-    height, width = (max(round(side * scale), 1) for side in image.shape)
-    if (height, width) != image.shape:
-        picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
-        image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-    grey = _stretch(image, image)
+    image = resampled(image, resampled_shape(image.shape, scale))
+    return evened_out(image, stretch_range(image), clahe_clip, clahe_tile_px)
+
+
+def resampled_shape(shape: tuple[int, ...], scale: float) -> tuple[int, int]:
+    """Height and width once resampled."""
+    height, width = (max(round(side * scale), 1) for side in shape)
+    return height, width
+
+
+def resampled(image: np.ndarray, shape: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """Lanczos resampling, float32, of an image or of a `box` in it: left, top, right and bottom edge, px."""
+    if shape == image.shape and box in (None, (0, 0, *shape[::-1])):
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
+    return np.asarray(picture.resize(shape[::-1], Image.Resampling.LANCZOS, box))
+
+
+def evened_out(image: np.ndarray, grey_range: tuple[float, float], clahe_clip: float, clahe_tile_px: float) -> np.ndarray:
+    """A resampled image, or a part of one, stretched from `grey_range` and equalised (see `prepare`); uint8."""
+    grey = _stretch(image, grey_range)
     if clahe_clip > 0:
         tile = [max(min(round(clahe_tile_px), side), 1) for side in grey.shape]
         grey = equalize_adapthist(grey, kernel_size=tile, clip_limit=clahe_clip)
@@ -76,12 +92,17 @@ def to_grey8(image: np.ndarray, field: np.ndarray | None = None) -> np.ndarray:
     ndarray of uint8, shape (H, W)
         Stretched from the field's 0.1 to its 99.9 percentile.
     """
-    return np.rint(255 * _stretch(image, image if field is None or not field.any() else image[field])).astype(np.uint8)
+    return np.rint(255 * _stretch(image, stretch_range(image if field is None or not field.any() else image[field]))).astype(np.uint8)
 
 
-def _stretch(image: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """To [0, 1] by the sample's percentiles."""
+def stretch_range(sample: np.ndarray) -> tuple[float, float]:
+    """The grey values that become black and white: the sample's 0.1 and 99.9 percentile."""
     low, high = np.percentile(sample, STRETCH_PERCENTILES)
+    return low, high
+
+
+def _stretch(image: np.ndarray, grey_range: tuple[float, float]) -> np.ndarray:
+    low, high = grey_range
     return np.clip((image - low) / ((high - low) or 1), 0, 1)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,12 @@ a sample. Checked before anything is decoded, for a file of a few kilobytes can 
 LARGEST_OVERHEAD = 64 * 2**20
 """Bytes that a PNG may have beyond twice those of its pixels; it is read at once."""
 
+COLOURED = 0.15
+"""Difference of a pixel's largest and smallest channel, fraction of full scale, above which it is coloured; JPEG leaves less on grey."""
+
+NOT_SQUARE = 0.01
+"""Relative difference of a pixel's width and height above which it is not square."""
+
 PHYSICAL_FIELDS = ("model", "accelerating_voltage_kv", "magnification", "detector", "working_distance_mm",
                    "dwell_time_us", "beam_current_na", "spot", "field_width_um", "tilt_deg", "pages")
 """All that `Micrograph.instrument` may hold; ``pages`` counts a file's pages, of which the first is read."""
@@ -65,6 +72,8 @@ class Micrograph:
         Physical settings; keys are among `PHYSICAL_FIELDS`, units stand in the names.
     scan_rows : int or None
         Rows that the beam scanned, as the metadata have it; the file's further rows are the info bar.
+    coloured_px : int
+        Pixels that are coloured and not grey, as of something drawn into the image (see `COLOURED`).
     """
 
     image: np.ndarray
@@ -72,9 +81,10 @@ class Micrograph:
     pixel_size_um: float | None = None
     instrument: dict[str, str | float] = field(default_factory=dict)
     scan_rows: int | None = None
+    coloured_px: int = 0
 
 
-def read_micrograph(path: Path | str) -> Micrograph:
+def read_micrograph(path: Path | str, largest_samples: int = LARGEST_SAMPLES) -> Micrograph:
     """Read a micrograph.
 
     Parameters
@@ -82,6 +92,8 @@ def read_micrograph(path: Path | str) -> Micrograph:
     path : Path or str
         A TIFF (with FEI/Thermo, Zeiss, OME, ImageJ or other metadata), PNG, JPEG or BMP, or a maker's format that
         RosettaSciIO decodes (see `EXTENSIONS`). Of several pages the first is read.
+    largest_samples : int
+        Samples (width times height times channels) that it may declare.
 
     Returns
     -------
@@ -91,7 +103,7 @@ def read_micrograph(path: Path | str) -> Micrograph:
     ------
     UserError
         If the file is absent, empty, truncated, of an unknown or wrong format, no 2-D image, complex, declares more than
-        `LARGEST_SAMPLES` samples, or holds NaN or infinite values.
+        `largest_samples`, or holds NaN or infinite values.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,13 +116,70 @@ def read_micrograph(path: Path | str) -> Micrograph:
     try:
         if suffix in _READERS:
             _check_content(path)
-        return _READERS.get(suffix, _read_makers_format)(path)
+        return _READERS.get(suffix, _read_makers_format)(path, largest_samples)
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f"{path} needs the Python package {error.name} to be read; install it") from error
     except Exception as error:  # decoders raise all sorts on damaged bytes: the file is at fault, not graincast
         raise UserError(f"{path} cannot be read as a {suffix[1:].upper()} image: {_sentence(error)}") from error
+
+
+def read_bytes(content: bytes, largest_samples: int = LARGEST_SAMPLES) -> Micrograph:
+    """Read a micrograph from the bytes of a file, as they come through a network: their first ones tell the format.
+
+    Parameters
+    ----------
+    content : bytes
+        A TIFF, PNG, JPEG or BMP.
+    largest_samples : int
+        As for `read_micrograph`.
+
+    Returns
+    -------
+    Micrograph
+
+    Raises
+    ------
+    UserError
+        If they are of another format, and as `read_micrograph`.
+    """
+    found = _format_of(content)
+    if found not in _EXTENSIONS_OF:
+        what = "there are no bytes" if not content else f"the bytes are {'those of a ' + found if found else 'of no image format that is known'}"
+        raise UserError(f"{what}; those of a TIFF, PNG, JPEG or BMP would be right")
+    with tempfile.TemporaryDirectory(prefix="graincast-") as folder:
+        path = Path(folder, f"image{_EXTENSIONS_OF[found][0]}")
+        path.write_bytes(content)
+        try:
+            return read_micrograph(path, largest_samples)
+        except UserError as error:
+            raise UserError(reason(error, path)) from error
+
+
+def from_array(pixels: np.ndarray, pixel_size_um: float | None = None) -> Micrograph:
+    """A micrograph of an array that is in memory already.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        (H, W), (H, W, 1 to 4): bool, integer or float; grey values as `Micrograph.image` takes them from files.
+    pixel_size_um : float, optional
+        Width of a pixel, um.
+
+    Returns
+    -------
+    Micrograph
+
+    Raises
+    ------
+    UserError
+        If it has another shape, no pixels, no numbers, or NaN or infinite values.
+    """
+    if pixels.dtype.kind not in "buif":
+        raise UserError(f"the array holds values of type {pixels.dtype}; whole numbers or floats would be right")
+    bits = 1 if pixels.dtype.kind == "b" else 8 * pixels.itemsize
+    return Micrograph(_grey(pixels, 2**bits - 1, Path("the array")), bits, pixel_size_um)
 
 
 def find_micrographs(path: Path | str, exclude: Path | str | None = None) -> list[Path]:
@@ -257,7 +326,10 @@ _EXTENSIONS_OF = {"TIFF": (".tif", ".tiff"), "PNG": (".png",), "JPEG": (".jpg", 
 def _content(path: Path) -> str | None:
     """The format that a file's first bytes name; None: none that is known."""
     with path.open("rb") as stream:
-        head = stream.read(8)
+        return _format_of(stream.read(8))
+
+
+def _format_of(head: bytes) -> str | None:
     return next((name for signature, name in _SIGNATURES.items() if head.startswith(signature)), None)
 
 
@@ -270,9 +342,9 @@ def _check_content(path: Path) -> None:
     raise UserError(f"{path} is a {content} file by its content; {remedy}")
 
 
-def _check_size(shape: Sequence[int], path: Path) -> None:
-    if math.prod(shape) > LARGEST_SAMPLES:
-        raise UserError(f"{path} declares {' x '.join(str(side) for side in shape)} samples, at most {LARGEST_SAMPLES / 1e6:.0f} million "
+def _check_size(shape: Sequence[int], path: Path, largest: int) -> None:
+    if math.prod(shape) > largest:
+        raise UserError(f"{path} declares {' x '.join(str(side) for side in shape)} samples, at most {largest / 1e6:.3g} million "
                         "are read; a part of it would be right")
 
 
@@ -303,6 +375,22 @@ def _grey(pixels: np.ndarray, full_scale: int, path: Path) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
+def _coloured(pixels: np.ndarray, full_scale: int) -> int:
+    """How many pixels of (H, W, 3 or 4) unsigned integers are coloured; 0 for every other image."""
+    if pixels.ndim != 3 or pixels.shape[2] < 3 or pixels.dtype.kind != "u" or pixels.itemsize > 2:
+        return 0
+    rgb = pixels[..., :3]
+    return int(np.count_nonzero(rgb.max(axis=2) - rgb.min(axis=2) > COLOURED * full_scale))
+
+
+def _square(width: float | None, height: float | None) -> float | None:
+    """The side of a pixel of that width and height, um; the height may be unknown."""
+    if width is not None and height is not None and abs(width - height) > NOT_SQUARE * width:
+        raise ValueError(f"its pixels are not square, {width:.4g} um wide and {height:.4g} um high; "
+                         f"the image resampled to {min(width, height):.4g} um both ways would be right")
+    return width
+
+
 def _one_channel(pixels: np.ndarray, path: Path) -> np.ndarray:
     """Luminance of grey, grey + alpha, RGB or RGBA; transparency is ignored, the pixels below it are the image."""
     channels = pixels.shape[2]
@@ -318,30 +406,27 @@ def _one_channel(pixels: np.ndarray, path: Path) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- TIFF
 
 
-def _read_tiff(path: Path) -> Micrograph:
+def _read_tiff(path: Path, largest: int) -> Micrograph:
     with tifffile.TiffFile(path) as tif:
         page = tif.pages[0]
-        for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
-            if start + length > tif.filehandle.size:
-                raise UserError(f"{path} is truncated: {tif.filehandle.size} bytes, but the image needs "
-                                f"{start + length}; copy it again")
-        _check_page(tif, page, path)
+        _check_length(tif, page, path)
+        _check_page(tif, page, path, largest)
         pixels, full_scale = _decode_page(page)
         bits = int(np.ravel(page.bitspersample)[0])
-        nothing: Found = (None, {}, None)
-        pixel_size, instrument, scan_rows = _fei(tif) or _zeiss(tif) or nothing
-        if pixel_size is None:
-            pixel_size = _ome_pixel_size(tif) or _imagej_pixel_size(tif) or _makers_tag_pixel_size(tif, path) \
-                or _resolution_tag_pixel_size(tif)
-        if len(tif.pages) > 1:
-            instrument = {**instrument, "pages": len(tif.pages)}
-        return Micrograph(_grey(pixels, full_scale, path), bits, pixel_size, instrument, scan_rows)
+        pixel_size, instrument, scan_rows = _found(tif, path)
+        return Micrograph(_grey(pixels, full_scale, path), bits, pixel_size, instrument, scan_rows, _coloured(pixels, full_scale))
 
 
-def _check_page(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path) -> None:
+def _check_length(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path) -> None:
+    for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if start + length > tif.filehandle.size:
+            raise UserError(f"{path} is truncated: {tif.filehandle.size} bytes, but the image needs {start + length}; copy it again")
+
+
+def _check_page(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, largest: int) -> None:
     """Refuse a page that declares too much, be it as a whole, in one of its tiles or in a compressed stream of its own format."""
-    _check_size(page.shape, path)
-    _check_size(page.chunks, path)
+    _check_size(page.shape, path, largest)
+    _check_size(page.chunks, path, largest)
     compression = tifffile.COMPRESSION(page.compression)
     if compression in _BOUNDED:
         return
@@ -349,7 +434,7 @@ def _check_page(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path) -> 
         raise UserError(f"{path} is compressed with {compression.name}, which is not read; a TIFF without compression would be right")
     for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
         tif.filehandle.seek(start)
-        _check_size(_DECLARED[compression](tif.filehandle.read(length)), path)
+        _check_size(_DECLARED[compression](tif.filehandle.read(length)), path, largest)
 
 
 _BOUNDED = {tifffile.COMPRESSION[name] for name in (
@@ -395,9 +480,12 @@ _DECLARED: dict[tifffile.COMPRESSION, Callable[[bytes], tuple[int, ...]]] = {
 def _decode_page(page: tifffile.TiffPage) -> tuple[np.ndarray, int]:
     """Pixels as (H, W) or (H, W, channels), 0 = black, and the full scale of unsigned integers."""
     pixels = page.asarray()
+    return _black_is_zero(page, np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else pixels)
+
+
+def _black_is_zero(page: tifffile.TiffPage, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    """A page's pixels, or a part of them, (H, W) or (H, W, channels), by its colours' meaning; and the full scale of unsigned integers."""
     full_scale = 2 ** int(np.ravel(page.bitspersample)[0]) - 1
-    if page.axes.startswith("S"):
-        pixels = np.moveaxis(pixels, 0, -1)
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
         return np.moveaxis(page.colormap[:, pixels], 0, -1), 65535
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu":
@@ -406,6 +494,17 @@ def _decode_page(page: tifffile.TiffPage) -> tuple[np.ndarray, int]:
 
 
 Found = tuple[float | None, dict[str, str | float], int | None]
+
+
+def _found(tif: tifffile.TiffFile, path: Path) -> Found:
+    """What any of the makers' metadata or, failing them, the resolution tags say."""
+    nothing: Found = (None, {}, None)
+    pixel_size, instrument, scan_rows = _fei(tif) or _zeiss(tif) or nothing
+    if pixel_size is None:
+        pixel_size = _ome_pixel_size(tif) or _imagej_pixel_size(tif) or _makers_tag_pixel_size(tif, path) or _resolution_tag_pixel_size(tif)
+    if len(tif.pages) > 1:
+        instrument = {**instrument, "pages": len(tif.pages)}
+    return pixel_size, instrument, scan_rows
 
 
 def _fei(tif: tifffile.TiffFile) -> Found | None:
@@ -418,7 +517,8 @@ def _fei(tif: tifffile.TiffFile) -> Found | None:
         return _positive(tags.get(section, {}).get(key), factor)
 
     scanned = value("Image", "ResolutionY")
-    return value("Scan", "PixelWidth", 1e6) or value("EScan", "PixelWidth", 1e6), _allowed({
+    section = "Scan" if value("Scan", "PixelWidth") else "EScan"
+    return _square(value(section, "PixelWidth", 1e6), value(section, "PixelHeight", 1e6)), _allowed({
         "model": tags.get("System", {}).get("SystemType") or tags.get("System", {}).get("Type"),
         "detector": tags.get("Detectors", {}).get("Name"),
         "accelerating_voltage_kv": value("Beam", "HV", 1e-3),
@@ -479,16 +579,20 @@ def _ome_pixel_size(tif: tifffile.TiffFile) -> float | None:
     pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
     if pixels is None:
         return None
-    unit = pixels.get("PhysicalSizeXUnit", "µm")  # the schema's default
-    return _positive(pixels.get("PhysicalSizeX"), MICROMETRES.get(unit, math.nan))
+    width, height = (_positive(pixels.get(f"PhysicalSize{axis}"), MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), math.nan))
+                     for axis in "XY")  # um is the schema's default
+    return _square(width, height)
 
 
 def _imagej_pixel_size(tif: tifffile.TiffFile) -> float | None:
     metadata = tif.imagej_metadata or {}
-    unit, tag = metadata.get("unit"), tif.pages[0].tags.get("XResolution")
-    if unit in (None, "inch", "pixel") or tag is None or not tag.value[0]:  # ImageJ's inches are the printer's
+    unit, tags = metadata.get("unit"), tif.pages[0].tags
+    values = [tags[name].value for name in ("XResolution", "YResolution") if name in tags]
+    if unit in (None, "inch", "pixel") or not values or not all(numerator for numerator, _ in values):  # ImageJ's inches are the printer's
         return None
-    return _positive(tag.value[1] / tag.value[0], MICROMETRES.get(unit, math.nan))
+    factors = (MICROMETRES.get(unit, math.nan), MICROMETRES.get(metadata.get("yunit", unit), math.nan))
+    width, height = ([_positive(below / above, factor) for (above, below), factor in zip(values, factors, strict=False)] + [None])[:2]
+    return _square(width, height)
 
 
 def _makers_tag_pixel_size(tif: tifffile.TiffFile, path: Path) -> float | None:
@@ -511,35 +615,35 @@ def _resolution_tag_pixel_size(tif: tifffile.TiffFile) -> float | None:
     if unit is None or len(values) < 2 or not all(numerator for numerator, _ in values):
         return None
     width, height = (MICROMETRES[unit] * denominator / numerator for numerator, denominator in values)
-    trusted = width <= COARSEST_RESOLUTION_TAG_UM and abs(width - height) <= 0.01 * width
-    return _positive(width) if trusted else None
+    return _positive(_square(width, height)) if width <= COARSEST_RESOLUTION_TAG_UM else None
 
 
 # ------------------------------------------------------------------------------------------------- other formats
 
 
-def _read_png(path: Path) -> Micrograph:
+def _read_png(path: Path, largest: int) -> Micrograph:
     with path.open("rb") as stream:
         head = stream.read(26)
         # the first chunk is the header (ISO/IEC 15948, 11.2.2): width, height, bits a sample, colour type
         if len(head) < 26 or head[:4] != b"\x89PNG":
             raise ValueError("it does not begin as a PNG")
         shape = int.from_bytes(head[20:24]), int.from_bytes(head[16:20]), {0: 1, 4: 2, 6: 4}.get(head[25], 3)
-        _check_size(shape, path)
+        _check_size(shape, path, largest)
         stream.seek(0)
         content = stream.read(4 * math.prod(shape) + LARGEST_OVERHEAD + 1)
     if len(content) > 4 * math.prod(shape) + LARGEST_OVERHEAD:
         raise UserError(f"{path} is much larger than its {shape[1]} x {shape[0]} px need; the image saved anew would be right")
     pixels = imagecodecs.png_decode(content)  # keeps 16 bit RGB, which Pillow does not
     bits = 8 * pixels.itemsize
-    return Micrograph(_grey(pixels, 2**bits - 1, path), bits)
+    return Micrograph(_grey(pixels, 2**bits - 1, path), bits, coloured_px=_coloured(pixels, 2**bits - 1))
 
 
-def _read_picture(path: Path) -> Micrograph:
+def _read_picture(path: Path, largest: int) -> Micrograph:
     """JPEG and BMP. Like PNG's, their resolution fields are the screen's or the printer's and not read."""
     with Image.open(path, formats=("JPEG", "BMP")) as picture:
-        _check_size((picture.height, picture.width, 3), path)
-        return Micrograph(_grey(np.asarray(picture.convert("RGB")), 255, path), 8)
+        _check_size((picture.height, picture.width, 3), path, largest)
+        pixels = np.asarray(picture.convert("RGB"))
+        return Micrograph(_grey(pixels, 255, path), 8, coloured_px=_coloured(pixels, 255))
 
 
 _MAKERS_FORMATS = {".dm3": "digitalmicrograph", ".dm4": "digitalmicrograph", ".emd": "emd", ".bcf": "bruker",
@@ -556,7 +660,7 @@ _REFERRING = {".rpl", ".emi", ".asw"}
 _HDF5 = {".emd", ".hspy"}
 
 
-def _read_makers_format(path: Path) -> Micrograph:
+def _read_makers_format(path: Path, largest: int) -> Micrograph:
     """Through RosettaSciIO: the first signal of the file that is one 2-D image."""
     module = importlib.import_module(f"rsciio.{_MAKERS_FORMATS[path.suffix.lower()]}")
     options: dict[str, Any] = {} if path.suffix.lower() in _NEVER_LAZY else {"lazy": True}  # sizes before pixels
@@ -567,7 +671,7 @@ def _read_makers_format(path: Path) -> Micrograph:
     images = [signal for signal in module.file_reader(str(path), **options) if sum(side > 1 for side in signal["data"].shape) == 2]
     if not images:
         raise UserError(f"{path} holds no 2-D image; export the micrograph on its own")
-    _check_size(images[0]["data"].shape, path)
+    _check_size(images[0]["data"].shape, path, largest)
     pixels = np.squeeze(np.asarray(images[0]["data"]))
     bits = 8 * pixels.itemsize
     settings = images[0].get("metadata", {}).get("Acquisition_instrument", {})
@@ -598,9 +702,9 @@ def _check_whole(path: Path) -> None:
 
 
 def _axis_pixel_size(axes: list[Mapping[str, Any]]) -> float | None:
-    """Pixel size from RosettaSciIO's axes; the last is the image's width."""
-    axis = axes[-1]
-    return _positive(axis.get("scale"), MICROMETRES.get(str(axis.get("units")), math.nan))
+    """Pixel size from RosettaSciIO's axes; the last two are the image's height and width."""
+    sizes = [_positive(axis.get("scale"), MICROMETRES.get(str(axis.get("units")), math.nan)) for axis in axes[-2:]]
+    return _square(sizes[-1], sizes[0])
 
 
 def _positive(value: Any, factor: float = 1.0) -> float | None:
@@ -616,7 +720,7 @@ def _allowed(fields: Mapping[str, Any]) -> dict[str, str | float]:
     return {name: fields[name] for name in PHYSICAL_FIELDS if fields.get(name) not in (None, "")}
 
 
-_READERS: dict[str, Callable[[Path], Micrograph]] = {
+_READERS: dict[str, Callable[[Path, int], Micrograph]] = {
     ".tif": _read_tiff, ".tiff": _read_tiff,
     ".png": _read_png, ".jpg": _read_picture, ".jpeg": _read_picture, ".bmp": _read_picture,
 }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from skimage import transform
+from PIL import Image
 
-from graincast.compute import autocast, load_weights, memory_format, pick_device, save_weights
+from graincast.compute import autocast, load_weights, pick_device, save_weights
 from graincast.errors import UserError
+from graincast.segment.confidence import Calibration
 from graincast.segment.instances import Cut, instances
 from graincast.segment.network import STRIDE, build_network, standardise
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from graincast.microscope.reader import Micrograph
 
 WEIGHTS = "segmenter.safetensors"
-TILE, HALO = 512, 64
+TILE, HALO = 1024, 64
 """Side of a tile and of the margin that is predicted but not kept, px."""
+Run = Callable[[np.ndarray], np.ndarray]
+"""A network as a function: standardised images, float32 (height, width), whose sides are multiples of `STRIDE`, to maps, (2, height, width)."""
 
 
 class Segmenter:
@@ -42,15 +46,36 @@ class Segmenter:
     ----------
     parents : dict
         Names and digests of the sets it was trained on.
+    run : callable or None
+        The compiled network (`compile`); None: the network itself predicts.
+    calibration : Calibration or None
+        From its maps to the confidence in each grain (`graincast.segment.confidence`); None where none was fitted.
     """
 
     def __init__(self, network: torch.nn.Module, cut: Cut, config: dict[str, Any], preparation: Preparation | None = None) -> None:
         self.network, self.cut, self.config, self.preparation = network, cut, config, preparation
         self.parents: dict[str, str] = {}
+        self.run: Run | None = None
+        self.calibration: Calibration | None = None
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """Instance ids 1..N, int32 (height, width), of a prepared image, uint8 (height, width); they tile the image."""
-        return instances(predict_maps(self.network, image, self.config["precision"]), self.cut)
+        return instances(self._predict(image), self.cut)
+
+    def compile(self, threads: int | None = None) -> Self:
+        """Predict through OpenVINO from now on, where the network is on the processor: see `graincast.segment.compiled`.
+
+        It takes some seconds, which pay from a few million pixels on. The weights of the moment count; training on is not seen.
+        """
+        if next(self.network.parameters()).device.type == "cpu":
+            from graincast.segment.compiled import compiled
+
+            self.run = compiled(self.network, self.config["precision"], threads)
+        return self
+
+    def _predict(self, image: np.ndarray) -> np.ndarray:
+        """The maps of a prepared image."""
+        return tiled_maps(self.run or eager(self.network, self.config["precision"]), standardise(image))
 
     def segment_micrograph(self, micrograph: Micrograph, pixel_size_um: float | None = None) -> np.ndarray:
         """Segment a micrograph as the instrument wrote it.
@@ -99,14 +124,13 @@ class Segmenter:
             image, scale, bar_row = self.preparation.prepare(micrograph, pixel_size_um)
         except ValueError as error:
             raise UserError(str(error)) from error
-        maps = predict_maps(self.network, image, self.config["precision"])
-        field = (bar_row, micrograph.image.shape[1])
-        return np.stack([transform.resize(m, field, order=1, anti_aliasing=scale > 1) for m in maps]), scale
+        return brought_back(self._predict(image), (bar_row, micrograph.image.shape[1])), scale
 
     def save(self, folder: Path) -> None:
-        """Write weights, configuration, cut and preparation as ``segmenter.safetensors`` into an existing folder."""
+        """Write weights, configuration, cut, preparation and calibration as ``segmenter.safetensors`` into an existing folder."""
         header = {"config": self.config, "cut": asdict(self.cut), "parents": self.parents,
-                  "preparation": self.preparation.to_dict() if self.preparation else None}
+                  "preparation": self.preparation.to_dict() if self.preparation else None,
+                  "calibration": self.calibration.to_dict() if self.calibration else None}
         save_weights(folder / WEIGHTS, self.network.state_dict(), header)
 
     @classmethod
@@ -124,8 +148,11 @@ class Segmenter:
         config = header["config"]
         network = build_network(config["architecture"], config["encoder"], None)
         network.load_state_dict(weights)
-        segmenter = cls(network.to(pick_device(device)).eval(), Cut(**header["cut"]), config, _preparation(header["preparation"]))
+        network = network.to(pick_device(device)).to(memory_format=torch.channels_last).eval()
+        segmenter = cls(network, Cut(**header["cut"]), config, _preparation(header["preparation"]))
         segmenter.parents = header["parents"]
+        calibration = header.get("calibration")  # those of earlier graincasts have none
+        segmenter.calibration = Calibration.from_dict(calibration) if calibration else None
         return segmenter
 
 
@@ -137,7 +164,6 @@ def _preparation(values: dict[str, Any] | None) -> Preparation | None:
     return Preparation.from_dict(values)
 
 
-@torch.no_grad()
 def predict_maps(network: torch.nn.Module, image: np.ndarray, precision: str) -> np.ndarray:
     """The network's maps of an image of any size.
 
@@ -153,12 +179,33 @@ def predict_maps(network: torch.nn.Module, image: np.ndarray, precision: str) ->
     Returns
     -------
     ndarray
-        (2, height, width), float32 in [0, 1]: boundary probability and depth. Tiles overlap by `HALO`, so that each
-        pixel is predicted with its surroundings in sight; only then are grains sought, so no tile cuts one.
+        (2, height, width), float32 in [0, 1]: boundary probability and depth.
     """
+    return tiled_maps(eager(network, precision), standardise(image))
+
+
+def eager(network: torch.nn.Module, precision: str) -> Run:
+    """A network as torch runs it: the reference that others are compared with."""
     device = next(network.parameters()).device
-    height, width = image.shape
-    standard = standardise(image)
+
+    @torch.no_grad()
+    def run(image: np.ndarray) -> np.ndarray:
+        tile = torch.from_numpy(np.ascontiguousarray(image))[None, None]
+        with autocast(device, precision):
+            # faster on CPUs, too, where the translator's instance norm would not have it (compute.memory_format)
+            logits = network(tile.to(device, memory_format=torch.channels_last))
+        return torch.sigmoid(logits.float())[0].cpu().numpy()
+
+    return run
+
+
+def tiled_maps(run: Run, standard: np.ndarray) -> np.ndarray:
+    """Maps, (2, height, width), of a standardised image, float32 (height, width), of any size.
+
+    Tiles overlap by `HALO`, so that each pixel is predicted with its surroundings in sight; only then are grains sought, so no
+    tile cuts one.
+    """
+    height, width = standard.shape
     if max(height, width) <= TILE:
         core_y, core_x, halo = height, width, HALO // 4
     else:
@@ -174,8 +221,15 @@ def predict_maps(network: torch.nn.Module, image: np.ndarray, precision: str) ->
     kept = (slice(halo, halo + core_y), slice(halo, halo + core_x))
     for y in range(0, rows * core_y, core_y):
         for x in range(0, columns * core_x, core_x):
-            tile = torch.from_numpy(padded[y : y + side_y, x : x + side_x])[None, None]
-            with autocast(device, precision):
-                logits = network(tile.to(device, memory_format=memory_format(device)))
-            maps[:, y : y + core_y, x : x + core_x] = torch.sigmoid(logits.float())[0, :, *kept].cpu().numpy()
+            maps[:, y : y + core_y, x : x + core_x] = run(padded[y : y + side_y, x : x + side_x])[:, *kept]
     return maps[:, :height, :width]
+
+
+def brought_back(maps: np.ndarray, shape: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """Maps, or a `box` in them (left, top, right and bottom edge, px), at the micrograph's own sampling: float32 (2, *shape).
+
+    Linear interpolation; where pixels become fewer its support widens, so nothing aliases.
+    """
+    if shape == maps.shape[1:] and box is None:
+        return maps
+    return np.stack([np.asarray(Image.fromarray(m).resize(shape[::-1], Image.Resampling.BILINEAR, box)) for m in maps])

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from graincast.checkpoint import Checkpoint, RandomState, Stateful
 from graincast.compute import Log, ahead, autocast, background_threads, pick_device, seeded, state_arrays
+from graincast.config import Augment
 from graincast.errors import UserError
+from graincast.evaluate.metrics import right_grains
 from graincast.segment.augment import augmented_crop
-from graincast.segment.instances import SMALLEST_SHARE, Cut
+from graincast.segment.confidence import Calibration, fit, grain_features
+from graincast.segment.instances import SMALLEST_SHARE, Cut, instances
 from graincast.segment.network import build_network, standardise, targets
 from graincast.segment.segmenter import Segmenter, predict_maps
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from graincast.config import Segmenter as SegmenterConfig
 
 Pair = tuple[np.ndarray, np.ndarray]
+IMAGED_ANEW = 4
+"""How often `calibrated` images each labelled image anew, beside once as it is: a good segmenter errs too seldom to learn from as it is."""
 
 
 def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config: SegmenterConfig, *,
@@ -94,9 +100,41 @@ def train_segmenter(training: Sequence[Pair], validation: Sequence[Pair], config
             figures = {"train_loss": float(np.mean(losses)), "val_loss": val_loss, "learning_rate": float(schedule.get_last_lr()[0])}
             checkpoint.record(epoch, figures)
         network.load_state_dict(best.weights)
-        network.to(memory_format=torch.contiguous_format).eval()
+        network.eval()
     cut = Cut(SMALLEST_SHARE * _mean_area(training))
     return Segmenter(network, cut, config.model_dump())
+
+
+def calibrated(segmenter: Segmenter, held_out: Sequence[Pair], seed: int) -> Calibration | None:
+    """The confidence that a segmenter's grains deserve, learned from labelled images that neither trained it nor chose its epoch.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        As trained.
+    held_out : sequence of (ndarray, ndarray)
+        uint8 images and int32 instance ids (0 = boundary), (height, width). Each is segmented as it is and `IMAGED_ANEW` times more as the
+        training's augmentation shows it: nearer to what a micrograph may look like, and harder.
+    seed : int
+        Of the augmentation.
+
+    Returns
+    -------
+    Calibration or None
+        None, with a sentence in the log, where there is too little to learn from (`graincast.segment.confidence.fit`).
+    """
+    augment, rng = Augment.model_validate(segmenter.config["augment"]), np.random.default_rng(seed)
+    features, right, specimen = [], [], []
+    structures = [labels.tobytes() for _, labels in held_out]  # the same one may be there in several looks
+    for pair, structure in zip(held_out, structures, strict=True):
+        anew = (augmented_crop(*pair, min(pair[0].shape), augment, rng) for _ in range(IMAGED_ANEW))
+        for image, labels in itertools.chain([pair], anew):
+            maps = predict_maps(segmenter.network, image, segmenter.config["precision"])
+            found = instances(maps, segmenter.cut)
+            features.append(grain_features(found, maps))
+            right.append(right_grains(found, labels > 0))
+            specimen.append(np.full(len(right[-1]), structures.index(structure)))
+    return fit(pd.concat(features, ignore_index=True), np.concatenate(right), np.concatenate(specimen))
 
 
 @dataclass

@@ -25,6 +25,7 @@ before anything moves and finished after. One that was killed before its move be
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import importlib.metadata
@@ -37,6 +38,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import imagecodecs
 import numpy as np
 
 from graincast.errors import Unavailable, UserError, without_login
@@ -66,11 +68,14 @@ NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 TRAINED_FIGURE = "/graincast/ap50"
 """How the report calls AP50 of the segmenter on a set among a run's metrics."""
 PAGE = 1000
+EXAMPLE_PX = 256
+"""Side of the corner of an image that is kept as a model's input example, px."""
 REASON_LENGTH = 500
 """Characters of a reason that become a tag, which MLflow limits; the record has all of it."""
 
 REQUIREMENTS = (
-    "numba", "numpy", "pillow", "safetensors", "scikit-image", "scipy", "segmentation-models-pytorch", "torch", "torchvision",
+    "imagecodecs", "numba", "numpy", "pandas", "pillow", "safetensors", "scikit-image", "scipy", "segmentation-models-pytorch", "tifffile", "torch",
+    "torchvision",
 )
 """Distributions that a served segmenter imports."""
 
@@ -175,7 +180,7 @@ def ensure_registered(folder: Path, example: np.ndarray, tags: Mapping[str, str 
     folder : Path
         What `Segmenter.save` wrote.
     example : ndarray
-        A prepared image, uint8 (height, width); a 64 x 64 corner of it is kept as the input example.
+        A prepared image, uint8 (height, width); a corner of it is kept as the input example.
     tags : Mapping of str to str, optional
         Further tags of a new version: git commit, hashes of the data and the like; None is left out.
 
@@ -217,22 +222,26 @@ def _version_of(client: MlflowClient, digest: str) -> int | None:
 
 def _log_model(folder: Path, example: np.ndarray) -> str:
     import mlflow
+    import pandas as pd
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array
 
     import graincast
+    from graincast.store.pyfunc import GRAINS, IMAGE, LABELS, PIXEL_SIZE
 
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
-        outputs=Schema([TensorSpec(np.dtype(np.int32), (-1, -1, -1))]),
-    )
+    # an image may be bytes or an array, for which MLflow has no type of its own
+    inputs = Schema([ColSpec(AnyType(), IMAGE), ColSpec(DataType.double, PIXEL_SIZE, required=False)])
+    outputs = Schema([ColSpec(Array(Array(DataType.integer)), LABELS), ColSpec(AnyType(), GRAINS),
+                      ColSpec(DataType.double, PIXEL_SIZE, required=False)])
+    corner = imagecodecs.png_encode(np.ascontiguousarray(example[:EXAMPLE_PX, :EXAMPLE_PX]))
     logged = mlflow.pyfunc.log_model(
         name="segmenter",
         loader_module="graincast.store.pyfunc",
         data_path=str(folder),
         code_paths=[str(Path(graincast.__file__).parent)],
-        signature=signature,
-        input_example=example[None, :64, :64],
+        signature=ModelSignature(inputs, outputs),
+        input_example=pd.DataFrame({IMAGE: [base64.b64encode(corner).decode()]}),
         pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
     )
     return str(logged.model_uri)

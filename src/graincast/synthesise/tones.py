@@ -56,15 +56,18 @@ class Tones:
         Factor on the differences in tone between grains, 0 to 2.
     curve : ndarray
         uint8 (256,): grey level in which each grey level is shown after that; monotone, falling where boundaries are bright.
+    place : int or None
+        Seed of the width along the specimen, for several pictures of one place; None: each picture has its own.
     """
 
     width: float
     spread: float
     curve: np.ndarray
+    place: int | None = None
 
     def apply(self, picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The morphology's picture, uint8 (height, width), in these tones."""
-        return self.curve[widen(spread_tones(picture, labels, self.spread), labels, self.width)]
+        return self.curve[widen(spread_tones(picture, labels, self.spread), labels, self.width, self.place)]
 
 
 def match_tones(morphologies: Sequence[Morphology], micrographs: Sequence[np.ndarray], bright_boundaries: bool) -> Tones:
@@ -156,7 +159,7 @@ def spread_tones(picture: np.ndarray, labels: np.ndarray, factor: float) -> np.n
     return np.rint(np.clip(picture * smooth, 0, 255)).astype(np.uint8)
 
 
-def widen(picture: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
+def widen(picture: np.ndarray, labels: np.ndarray, width: float, place: int | None = None) -> np.ndarray:
     """Make gaps of the boundaries of a picture; the labels' lines stay in the middle of them.
 
     Parameters
@@ -164,8 +167,10 @@ def widen(picture: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
     picture, labels : ndarray
         A `Morphology`.
     width : float
-        Width that is added, px, on average over the image. It varies smoothly along the specimen, drawn by a seed from
-        `labels`, and is less beside small grains.
+        Width that is added, px, on average over the image. It varies smoothly along the specimen, and is less beside small
+        grains.
+    place : int, optional
+        Seed of that variation; None: drawn from `labels`.
 
     Returns
     -------
@@ -174,18 +179,18 @@ def widen(picture: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
     """
     if not width or labels.all() or not labels.any():
         return picture
-    gaps = _gaps(labels, width)
+    gaps = _gaps(labels, width, place)
     beyond = ndi.gaussian_filter(gaps.distance - gaps.half_width, ROUNDING * width)
     line = labels == 0
     bottomed = np.where(line, _along(line, ndi.grey_erosion(picture, (3, 3))), picture)
     return np.rint(gaps.sampled(bottomed, np.maximum(beyond, 0))).astype(np.uint8)
 
 
-def narrow(values: np.ndarray, labels: np.ndarray, width: float) -> np.ndarray:
+def narrow(values: np.ndarray, labels: np.ndarray, width: float, place: int | None = None) -> np.ndarray:
     """Close the gaps that `widen` makes to lines again, in a map (height, width) of a picture that has such gaps."""
     if not width or labels.all() or not labels.any():
         return values
-    gaps = _gaps(labels, width)
+    gaps = _gaps(labels, width, place)
     # beside the line comes the flank; the way from there to the middle of the grain is stretched over the grain
     flank = np.minimum(gaps.half_width + FLANK_PX, gaps.radius)
     onwards = np.clip((gaps.distance - 1) / np.maximum(gaps.radius - 1, 1), 0, 1)
@@ -209,12 +214,12 @@ class _Gaps:
         return ndi.map_coordinates(picture, places, order=1, mode="nearest")
 
 
-def _gaps(labels: np.ndarray, width: float) -> _Gaps:
+def _gaps(labels: np.ndarray, width: float, place: int | None) -> _Gaps:
     line, diameter = labels == 0, _diameter(labels)
     distance, nearest = ndi.distance_transform_edt(~line, return_indices=True)
     filled = fill_lines(labels)
     radius = ndi.maximum(distance, filled, np.arange(filled.max() + 1))[filled]
-    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(labels).tobytes()))
+    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(labels).tobytes()) if place is None else place)
     varied = np.exp(VARIATION * smooth_field(labels.shape, VARIATION_GRAINS * diameter, rng))
     half = np.minimum(width / 2 * varied / varied.mean(), (1 - LEAST_GRAIN) * ndi.minimum_filter(radius, 5))
     return _Gaps(distance, nearest, _along(line, half)[tuple(nearest)], radius)

@@ -99,7 +99,7 @@ class CycleGAN:
 
     def as_lines(self, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """See `graincast.synthesise.base.Synthesiser.as_lines`."""
-        return narrow(values, labels, self.tones.width)
+        return narrow(values, labels, self.tones.width, self.tones.place)
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration as ``translator.safetensors`` into an existing folder."""
