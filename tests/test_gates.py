@@ -451,7 +451,9 @@ def test_a_bad_image_is_quarantined_and_the_session_goes_on(session: Path, tmp_p
 def test_one_bit_wrong_units_and_copies_are_quarantined(session: Path, tmp_path: Path) -> None:
     shutil.copy(session / "1.tif", session / "one_again.tif")
     write_fei(session / "metres.tif", grains(diameter=30, seed=8)[0])
-    data = (session / "metres.tif").read_bytes().replace(b"PixelWidth=2.9e-08", b"PixelWidth=2.9e-02")
+    data = (session / "metres.tif").read_bytes()
+    for side in (b"PixelWidth", b"PixelHeight"):
+        data = data.replace(side + b"=2.9e-08", side + b"=2.9e-02")
     (session / "metres.tif").write_bytes(data)
     found = refusals(run_ingest_session(replace(PREPARATION, target_pixel_size_um=None, scale=0.8), session, tmp_path / "set", Gates()))
     assert found["one_again.tif"] == "the same file as 1.tif"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -299,3 +302,12 @@ class TestLarge:
         with pytest.raises(UserError, match="trained without micrographs"):
             tiled.segment_large(without, write(tmp_path / "m.tif", field), tmp_path / "labels.tif")
         assert [file.name for file in tmp_path.iterdir()] == ["m.tif"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_ends_in_one_json_object():
+    command = [sys.executable, "-m", "benchmarks.segment_throughput", "--quick"]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    assert list(figures)[:4] == ["mpx_per_s", "peak_gb", "tiled_vs_whole_ap50", "tiled_vs_whole_count_ratio"]
+    assert all(value > 0 for value in figures.values())

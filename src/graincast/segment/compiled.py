@@ -6,12 +6,12 @@ bfloat16, with maps that are nearer to those of float32 than torch's bfloat16 co
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-import openvino  # type: ignore[import-untyped]
 import torch
 
 from graincast.compute import has_fast_bfloat16
@@ -19,6 +19,9 @@ from graincast.segment.network import STRIDE
 
 if TYPE_CHECKING:
     from graincast.segment.segmenter import Run
+
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO then does without: it would report each conversion
+import openvino  # type: ignore[import-untyped]  # noqa: E402
 
 
 def compiled(network: torch.nn.Module, precision: str, threads: int | None = None) -> Run:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import pandas as pd
 from scipy import ndimage as ndi
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from graincast.segment.instances import BESIDE_PX
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +156,8 @@ def grain_features(labels: np.ndarray, maps: np.ndarray) -> pd.DataFrame:
     beside = np.zeros(labels.shape, np.uint8)
     beside.flat[sides.first] = beside.flat[sides.second] = 1
     inside = ndi.maximum_filter(beside, reach) == 0
+    import pandas as pd  # here, as training runs without it
+
     features = pd.DataFrame({
         "outline": _mean(grain, probability, count),
         "weakest_side": np.where(length > 0, weakest[1:], 0),
