@@ -6,14 +6,16 @@ micrograph's). Each run is a process of its own that knows the segmenter's folde
 whole process, interpreter and libraries included. Processor seconds stand beside wall-clock seconds, as other work on the machine
 lengthens the latter; of several runs the fastest counts.
 
-Tiled and whole results are compared on a field of `COMPARED_PX` px. Ways to run the network take turns in one process, on one
-window; of each, the least processor seconds. The last line is one JSON object.
+Tiled and whole results are compared, grain by grain, on a picture of `COMPARED_PX` px and on a smaller one mirrored to that size, whose
+mirror axes are the seams between the blocks (``mirrored_...``). Ways to run the network take turns in one process, on one window; of each,
+the least processor seconds. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from benchmarks import machine
 from graincast.config import Augment, VirtualSem
 from graincast.config import Segmenter as SegmenterConfig
 from graincast.errors import UserError
-from graincast.evaluate.metrics import score_labels
+from graincast.evaluate.metrics import score_instances, score_labels
 from graincast.measure.grains import summarise
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.reader import read_micrograph
@@ -96,32 +98,28 @@ def segmented(folder: Path, file: Path, out: Path) -> Figures:
 
 
 def runs(folder: Path, file: Path, out: Path, repeats: int) -> Figures:
-    """Figures of the fastest of several processes, and the largest peak."""
-    found = []
+    """Figures of the fastest of several processes, the largest peak, and how many other processes wanted the processor beforehand."""
+    load, found = os.getloadavg()[0], []
     for _ in range(repeats):
         ended = subprocess.run([sys.executable, "-m", "benchmarks.segment_throughput", "--worker", str(folder), str(file), str(out)],
                                cwd=ROOT, capture_output=True, text=True, check=True)
         found.append(json.loads(ended.stdout.splitlines()[-1]))
     fastest = min(found, key=lambda figures: figures["wall_s"])
     return {"mpx_per_s": fastest["megapixels"] / fastest["wall_s"], "cpu_s_per_mpx": min(f["cpu_s"] for f in found) / fastest["megapixels"],
-            "peak_gb": max(f["peak_gb"] for f in found), **{key: fastest[key] for key in ("megapixels", "grains", "load_s")}}
+            "peak_gb": max(f["peak_gb"] for f in found), "load_average": load,
+            **{key: fastest[key] for key in ("megapixels", "grains", "wall_s", "cpu_s", "load_s")}}
 
 
 def agreement(segmenter: Segmenter, file: Path, out: Path) -> Figures:
-    """Tiled against whole, by the same compiled network; and the whole by torch in float32 against it."""
+    """Tiled against whole, by the same compiled network; and that whole against the one by torch in float32."""
     segmenter.compile(tiled.workers())
     tiled.segment_large(segmenter, file, out)
     found, micrograph = tifffile.imread(out).astype(np.int32), read_micrograph(file)
     whole = segmenter.segment_micrograph(micrograph)
     segmenter.run = eager(segmenter.network, "float32")
     reference = segmenter.segment_micrograph(micrograph)
-    return {"tiled_vs_whole_ap50": score_labels(found, _lined(whole))["ap50"], "tiled_vs_whole_count_ratio": int(found.max()) / int(whole.max()),
-            "compiled_vs_float32_ap50": score_labels(whole, _lined(reference))["ap50"],
-            "compiled_vs_float32_count_ratio": int(whole.max()) / int(reference.max())}
-
-
-def _lined(labels: np.ndarray) -> np.ndarray:
-    return np.where(find_boundaries(labels, mode="thick"), 0, labels)
+    scores = {"tiled_vs_whole": score_instances(found, whole), "compiled_vs_float32": score_instances(whole, reference)}
+    return {f"{name}_{key}": score[key] for name, score in scores.items() for key in ("ap50", "count_ratio")}
 
 
 def backends(network: torch.nn.Module, picture: np.ndarray, rounds: int) -> Figures:
@@ -163,20 +161,25 @@ def main() -> None:
         return
     if options.quick and options.record:
         raise UserError("--record keeps figures of the full fields: leave --quick out")
-    size, repeats, compared, epochs = (1200, 1, 700, 2) if options.quick else (options.size, options.repeats, COMPARED_PX, 12)
+    quick = (1200, 1, 512, 700, 2)
+    size, repeats, rendered_px, compared, epochs = quick if options.quick else (options.size, options.repeats, RENDERED_PX, COMPARED_PX, 12)
     segmenter = Segmenter.load(options.model, "cpu") if options.model else quick_segmenter(epochs)
-    rendered, truth = virtual(RENDERED_PX, 99)
+    rendered, truth = virtual(rendered_px, 99)
     with TemporaryDirectory() as name:
         folder = Path(name)
         segmenter.save(folder)
         figures: Figures = runs(folder, write_field(folder / "large.tif", rendered, size), folder / "labels.tif", repeats)
-        figures |= agreement(segmenter, write_field(folder / "compared.tif", rendered, compared), folder / "compared_labels.tif")
+        wide, _ = virtual(compared, 99)
+        figures |= agreement(segmenter, write_field(folder / "compared.tif", wide, compared), folder / "compared_labels.tif")
+        mirrored = agreement(segmenter, write_field(folder / "mirrored.tif", rendered, compared), folder / "mirrored_labels.tif")
+        figures |= {f"mirrored_{key}": value for key, value in mirrored.items()}
     figures["ap50_of_the_segmenter"] = score_labels(segmenter.segment(rendered), truth)["ap50"]
     ways = backends(segmenter.network, rendered, rounds=1 if options.quick else 5)
     for way, row in ways.items():
         print(f"{way:30} {row['cpu_s_per_mpx']:7.3f} CPU s/Mpx   maps differ by {row['largest_difference']:.1e} at most, "
               f"{row['mean_difference']:.1e} on average")
-    print(f"{figures['megapixels']:.0f} Mpx, {figures['grains']} grains: {figures['mpx_per_s']:.2f} Mpx/s, {figures['cpu_s_per_mpx']:.2f} CPU s/Mpx, "
+    print(f"{figures['megapixels']:.0f} Mpx, {figures['grains']} grains: {figures['mpx_per_s']:.2f} Mpx/s, {figures['cpu_s_per_mpx']:.2f} CPU s/Mpx "
+          f"at a load of {figures['load_average']:.1f}, "
           f"peak {figures['peak_gb']:.2f} GB (goals: {GOAL_MPX_PER_S} Mpx/s, {GOAL_GB} GB)")
     if options.record:
         RESULT.write_text(json.dumps({"command": f"python -m benchmarks.segment_throughput --record --size {size} --repeats {repeats}",

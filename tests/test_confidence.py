@@ -27,7 +27,7 @@ from graincast.simulate.structure import simulate_structure
 from graincast.store.imageset import ImageSet, ImageSetWriter
 
 SIDE = 30
-SMALL = Segmenter(epochs=3, crops_per_image=8, batch=4, crop=64, device="cpu")
+SMALL = Segmenter(epochs=10, crops_per_image=8, batch=4, crop=64, device="cpu")
 EVEN = Calibration({name: float(sign) for name, sign in FEATURES.items()}, -2.0, {})
 """Any weights with the right signs."""
 
@@ -255,7 +255,7 @@ class TestStage:
         model = TrainedSegmenter.load(trained[0], "cpu")
         assert set(model.calibration.weights) == set(FEATURES)
         confidence, right = [], []
-        for seed in range(20, 24):
+        for seed in range(20, 32):
             image, labels = picture(seed)
             maps = predict_maps(model.network, image, "auto")
             found = instances(maps, model.cut)
@@ -271,7 +271,7 @@ class TestStage:
     def test_images_that_chose_the_epoch_are_not_among_those_it_learns_from(self, sets, tmp_path, monkeypatch):
         seen = []
         monkeypatch.setattr(stages, "calibrated", lambda segmenter, held_out, seed: seen.extend(held_out))
-        stages.run_train_segmenter(SMALL.model_copy(update={"epochs": 1}), *sets.values(), tmp_path / "segmenter")
+        stages.run_train_segmenter(SMALL.model_copy(update={"epochs": 1, "crops_per_image": 1}), *sets.values(), tmp_path / "segmenter")
         assert [image.tobytes() for image, _ in seen] == [sets["validation"].image(i).tobytes() for i in (1, 3, 5)]
 
     def test_the_same_segmenter_is_calibrated_to_the_same_bytes(self, trained, sets, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from graincast.config import Simulate
 from graincast.errors import UserError
 from graincast.kinetics import Kinetics, Sizes, difference, fit_kinetics
 from graincast.microscope.preparation import Preparation
+from graincast.segment.instances import Cut
+from graincast.segment.network import build_network
 from graincast.segment.segmenter import Segmenter
 from graincast.segment.train import train_segmenter
 from graincast.simulate import structure
@@ -54,6 +57,17 @@ def translator() -> CycleGAN:
     return make_translator()
 
 
+PREPARATION = Preparation(None, 1.0, GRAIN_PX, 0.0, 96.0, False, 32, 0.5, 0.01, None)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Segmenter:
+    """Knows what size its grains have and nothing else."""
+    settings = SegmenterConfig(encoder="mobilenet_v2", device="cpu")
+    network = build_network(settings.architecture, settings.encoder, None)
+    return Segmenter(network, Cut(20), settings.model_dump(), PREPARATION)
+
+
 @pytest.fixture(scope="module")
 def segmenter(translator: CycleGAN) -> Segmenter:
     """Trained for some seconds on what the translator makes of grains of that size."""
@@ -62,9 +76,9 @@ def segmenter(translator: CycleGAN) -> Segmenter:
     for index in range(18):
         picture, labels = structure.simulate_structure(config, index)
         pairs.append((translator.to_sem(picture, labels, index), labels))
-    settings = SegmenterConfig(encoder="mobilenet_v2", epochs=8, crops_per_image=2, batch=4, crop=64, learning_rate=3e-3, device="cpu")
+    settings = SegmenterConfig(encoder="resnet18", epochs=4, crops_per_image=2, batch=4, crop=64, learning_rate=1e-3, device="cpu")
     trained = train_segmenter(pairs[:16], pairs[16:], settings)
-    trained.preparation = Preparation(None, 1.0, GRAIN_PX, 0.0, 96.0, False, 32, 0.5, 0.01, None)
+    trained.preparation = PREPARATION
     return trained
 
 
@@ -172,8 +186,8 @@ def test_what_the_border_cuts_does_not_bias_the_mean() -> None:
 
 
 @pytest.fixture(scope="module")
-def frames(translator: CycleGAN, segmenter: Segmenter) -> list[structure.Frame]:
-    config, steps = growth.plan(SIMULATE, translator, segmenter, STEPS, 256)
+def frames(translator: CycleGAN, untrained: Segmenter) -> list[structure.Frame]:
+    config, steps = growth.plan(SIMULATE, translator, untrained, STEPS, 256)
     return growth.simulate_series(config, steps)
 
 
@@ -205,7 +219,7 @@ def test_the_border_looks_like_the_middle(frames: list[structure.Frame]) -> None
 def test_what_does_not_change_looks_the_same_in_all_frames(frames: list[structure.Frame], width: float) -> None:
     held = make_translator(width)
     for seed in range(3):  # each draws other kinds of surface
-        series = [image.astype(float) for image in growth.translate_series(frames, held, seed)]
+        series = [image.astype(float) for image in itertools.islice(growth.translate_series(frames, held, seed), 2)]
         settled = ndi.binary_erosion((frames[0].labels == frames[1].labels) & (frames[0].labels > 0), iterations=5)
         assert settled.sum() > 500
         moved = (series[1] - series[0])[settled]
@@ -230,14 +244,17 @@ def test_wide_boundaries_vary_by_place_and_not_by_frame(frames: list[structure.F
 # A real small run
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, translator: CycleGAN, segmenter: Segmenter) -> Path:
-    """Laid out as a training run does it."""
-    run = tmp_path_factory.mktemp("run")
+def lay_out(run: Path, translator: CycleGAN, segmenter: Segmenter) -> Path:
+    """The models in a folder as a training run leaves them."""
     for name, model in (("translator", translator), ("segmenter", segmenter)):
         (run / f"train_{name}" / name).mkdir(parents=True)
         model.save(run / f"train_{name}" / name)
     return run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, translator: CycleGAN, untrained: Segmenter) -> Path:
+    return lay_out(tmp_path_factory.mktemp("run"), translator, untrained)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
@@ -247,10 +264,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_series_from_the_command_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_series_from_the_command_line(translator: CycleGAN, segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run = lay_out(tmp_path / "run", translator, segmenter)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"parameters": {"config": {"simulate": {"time_step": 0.15, "pixel_size_um": 0.1}}}}))
     out = tmp_path / "growth"
-    assert command(monkeypatch, "--out", out, "--run", models, "-c", tmp_path / "c.yaml", "--frames", ",".join(map(str, STEPS)), "--size", "256") == 0
+    assert command(monkeypatch, "--out", out, "--run", run, "-c", tmp_path / "c.yaml", "--frames", ",".join(map(str, STEPS)), "--size", "256") == 0
     assert "ideal rate" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["growth.csv", "growth.gif", "growth.json", "growth.png"]
     table = pd.read_csv(out / "growth.csv")
@@ -276,8 +295,8 @@ def test_a_series_from_the_command_line(models: Path, tmp_path: Path, monkeypatc
         assert min(figure.size) > 800
 
 
-def test_a_series_without_a_scaling_regime_says_so_and_is_kept(translator: CycleGAN, segmenter: Segmenter, tmp_path: Path) -> None:
-    found = growth.growth_of(translator, segmenter, SIMULATE, tmp_path / "out", frames=[50, 60, 70, 80], size=96)
+def test_a_series_without_a_scaling_regime_says_so_and_is_kept(translator: CycleGAN, untrained: Segmenter, tmp_path: Path) -> None:
+    found = growth.growth_of(translator, untrained, SIMULATE, tmp_path / "out", frames=[50, 60, 70, 80], size=96)
     assert not found.fits
     assert "0 frames lie in the scaling regime" in str(found.doubt)
     assert json.loads((tmp_path / "out" / "growth.json").read_text())["doubt"] == found.doubt
@@ -285,7 +304,7 @@ def test_a_series_without_a_scaling_regime_says_so_and_is_kept(translator: Cycle
 
 
 @pytest.mark.slow
-def test_the_champion_comes_with_the_translator_that_it_was_made_with(models: Path, translator: CycleGAN, segmenter: Segmenter, tmp_path: Path,
+def test_the_champion_comes_with_the_translator_that_it_was_made_with(models: Path, translator: CycleGAN, untrained: Segmenter, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     before = mlflow.get_tracking_uri()
     versioning.initialise(tmp_path)
@@ -303,9 +322,10 @@ def test_the_champion_comes_with_the_translator_that_it_was_made_with(models: Pa
             registry.ensure_registered(folder, example, {"dvc.translator": versioning.add(made).md5})
         made_with, found = growth.load_models()
         assert torch.equal(made_with.forward.stem[0].weight, translator.forward.stem[0].weight)
-        assert found.cut == segmenter.cut
+        assert all(torch.equal(one, other) for one, other in zip(found.network.state_dict().values(), untrained.network.state_dict().values(),
+                                                                 strict=True))
         registry.promote_by_hand(1, "test", by="test")
-        assert growth.load_models("champion")[1].cut == growth.load_models("1")[1].cut == segmenter.cut
+        assert growth.load_models("champion")[1].cut == growth.load_models("1")[1].cut == untrained.cut
         with pytest.raises(UserError, match="no version or alias '7'; registered: 1;"):
             growth.load_models("7")
         mlflow.MlflowClient().delete_model_version_tag(registry.MODEL, "1", "dvc.translator")
@@ -339,8 +359,8 @@ def test_a_run_without_a_translator_gets_a_sentence(tmp_path: Path, monkeypatch:
     assert "no trained translator lies in it" in capsys.readouterr().err
 
 
-def test_a_segmenter_that_does_not_know_its_grain_size_gets_a_sentence(translator: CycleGAN, segmenter: Segmenter) -> None:
-    bare = Segmenter(segmenter.network, segmenter.cut, segmenter.config)
+def test_a_segmenter_that_does_not_know_its_grain_size_gets_a_sentence(translator: CycleGAN, untrained: Segmenter) -> None:
+    bare = Segmenter(untrained.network, untrained.cut, untrained.config)
     with pytest.raises(UserError, match="does not know its grain size"):
         growth.plan(SIMULATE, translator, bare)
 

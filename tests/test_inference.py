@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -30,7 +31,7 @@ from graincast.microscope.reader import Micrograph, read_micrograph
 from graincast.segment import tiled
 from graincast.segment.confidence import FEATURES, Calibration
 from graincast.segment.instances import Cut
-from graincast.segment.segmenter import Segmenter
+from graincast.segment.segmenter import Segmenter, eager
 from graincast.stages import _suggested_diameters, run_ingest_session, run_segment_session
 from graincast.store.gates import read_grains
 
@@ -127,6 +128,15 @@ def test_results_within_the_source_are_not_segmented_again(segmenter: Segmenter,
         with pytest.raises(UserError, match="another folder"):
             segment_files(segmenter, [source], tmp_path)
     assert not list(tmp_path.glob("*_labels.tif"))
+
+
+def test_results_of_another_run_within_the_source_are_no_micrographs(segmenter: Segmenter, tmp_path: Path) -> None:
+    write(tmp_path / "a.tif", micrograph())
+    segment_files(segmenter, [tmp_path], tmp_path / "monday")
+    write(tmp_path / "monday" / "late.tif", micrograph())
+    assert [o.source.name for o in segment_files(segmenter, [tmp_path], tmp_path / "tuesday")] == ["a.tif", "late.tif"]
+    with pytest.raises(UserError, match="tuesday holds nothing but results"):
+        segment_files(segmenter, [tmp_path / "tuesday"], tmp_path / "wednesday")
 
 
 def test_a_parent_of_the_source_may_take_the_results(segmenter: Segmenter, tmp_path: Path) -> None:
@@ -230,6 +240,28 @@ def test_what_is_done_and_stands_is_not_done_again(counted: Segmenter, tmp_path:
     assert {name for name in before if before[name] != after[name]} == {"summary.json"}
     assert told(out)["done_before"] == 3
     assert told(out)["session"] == json.loads(before["summary.json"])["session"]
+
+
+def test_a_name_that_cannot_be_printed_is_refused_and_shown(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an old microscope's computer may write it, in Latin-1."""
+    monkeypatch.setattr("graincast.store.registry.load_segmenter", lambda _: segmenter)
+    source, out = folder_of(1, tmp_path / "in"), tmp_path / "out"
+    write(source / "b.tif", micrograph()).rename(source / os.fsdecode("K\xf6rner.tif".encode("latin-1")))
+    done = CliRunner().invoke(app, ["segment", str(source), "--out", str(out), "--export", "all"])
+    assert done.exit_code == 1, done.output
+    assert {image["file"]: image.get("refused") for image in told(out)["images"]} \
+        == {"0.tif": None, "K\\udcf6rner.tif": "K\\udcf6rner.tif has a name that cannot be printed; another name would be right"}
+    assert "K\\udcf6rner.tif" in Page((out / "report.html").read_text()).text
+
+
+def test_a_page_shows_only_pictures_that_were_asked_for(counted: Segmenter, tmp_path: Path) -> None:
+    source, out = folder_of(2, tmp_path / "in"), tmp_path / "out"
+    segment_files(counted, [source], out, exports=[*USUAL, "report"])
+    (out / "1_overlay.png").unlink()
+    predictions(counted)
+    assert [outcome.before for outcome in segment_files(counted, [source], out, exports=["csv", "report"])] == [True, True]
+    assert predictions(counted) == 0
+    assert "data:image/jpeg" not in (out / "report.html").read_text()
 
 
 def spoil_file(source: Path, out: Path) -> None:
@@ -517,3 +549,31 @@ def test_large_micrographs_go_block_by_block(segmenter: Segmenter, tmp_path: Pat
     assert areas.round().astype(int).to_dict() == dict(enumerate(np.bincount(labels.ravel())[1:].tolist(), 1))
     outlines = json.loads((tmp_path / "large" / "0_grains.geojson").read_text())["features"]
     assert {feature["id"] for feature in outlines} == set(range(1, 17))
+
+
+def large_png(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(tiled, "LARGE_PX", 25_000)
+    iio.imwrite(folder / "0.png", np.rint(255 * micrograph()).astype(np.uint8))
+    return []
+
+
+def large_once_resampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr("graincast.microscope.preparation.LARGEST_AREA_PX", 20_000)
+    monkeypatch.setattr(tiled, "SPREAD_PX", 32)  # or what stands for the whole would be too large itself
+    tifffile.imwrite(folder / "0.tif", np.rint(255 * np.stack([micrograph()] * 2)).astype(np.uint8), photometric="minisblack")
+    return ["the file has 2 pages, of which the first was segmented"]
+
+
+@pytest.mark.parametrize("case", [large_png, large_once_resampled])
+def test_whatever_is_too_large_at_once_goes_block_by_block(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           case: Callable[[Path, pytest.MonkeyPatch], list[str]]) -> None:
+    monkeypatch.setattr(Segmenter, "compile", lambda self, threads=None: setattr(self, "run", compiled) or self)
+    compiled = eager(segmenter.network, "float32")
+    segmenter.calibration = Calibration(dict.fromkeys(FEATURES, 0.1), 0.0, {})
+    (tmp_path / "in").mkdir()
+    told_of_file = case(tmp_path / "in", monkeypatch)
+    outcome, = segment_files(segmenter, [tmp_path / "in"], tmp_path / "out", 0.05)
+    assert outcome.summary is not None, outcome.refused
+    assert 16 <= outcome.summary["grains"] <= 20  # the grey range is that of the windows spread over it
+    assert list(outcome.warnings)[: len(told_of_file) + 1] == [*told_of_file, "segmented block by block, without a confidence in each grain"]
+    assert segmenter.run is None, "other files are predicted as if this one had not been there"

@@ -262,7 +262,8 @@ def test_bad_input_is_refused() -> None:
         measure_grains(-labels, None)
     with pytest.raises(ValueError, match="does not fit"):
         measure_grains(labels, None, field=np.ones((3, 3), bool))
-    with pytest.raises(ValueError, match="must be positive"):
-        measure_grains(labels, 0.0)
+    for size in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            measure_grains(labels, size)
     with pytest.raises(ValueError, match="not both"):
         summarise(pd.concat([measure_grains(labels, None), measure_grains(labels, 0.1)]))

@@ -185,6 +185,14 @@ def test_every_kind_of_image_is_read(server: Server, body: bytes) -> None:
     assert server.post(in_json, JSON).json() == as_is.json()
 
 
+def test_what_is_odd_about_the_file_is_told_as_on_the_command_line(server: Server) -> None:
+    drawn = np.dstack([IMAGE] * 3)
+    drawn[140:146, 10:50] = (255, 0, 0)
+    assert any(sentence.startswith("240 px are coloured") for sentence in server.post(png(drawn)).json()["warnings"])
+    pages = tiff(np.stack([IMAGE, IMAGE]), photometric="minisblack")
+    assert "the file has 2 pages, of which the first was segmented" in server.post(pages).json()["warnings"]
+
+
 def test_rows_of_numbers_are_read(server: Server) -> None:
     answer = server.post(json.dumps({"image": micrograph().round(4).tolist()}), JSON, pixel_size_um=0.05).json()
     assert answer["field"]["grains"] == expected(server, micrograph().round(4), 0.05).max()
@@ -231,8 +239,10 @@ def test_wrong_requests_get_a_sentence(server: Server) -> None:
     assert "--data-binary" in server.refusal(415, png(IMAGE), form)
     assert "pixel_size_um would be right" in server.refusal(400, png(IMAGE), pixel_size=0.05)
     assert "text/csv" in server.refusal(406, png(IMAGE), {"Accept": "video/mp4"})
-    assert httpx.get(f"{server.url}/segment").status_code == 405
-    assert httpx.get(f"{server.url}/nothing").status_code == 404
+    for method, path, status in (("GET", "/segment", 405), ("POST", "/nothing", 404)):
+        answer = httpx.request(method, f"{server.url}{path}")
+        assert answer.status_code == status
+        assert answer.json() == {"detail": f"{method} {path} is not served; POST /segment or GET /health would be right"}
 
 
 def test_a_large_body_is_refused_and_not_read_whole(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -263,7 +264,9 @@ def test_session_states_mean_interval_and_accuracy() -> None:
     assert values["astm_e112_g_intercept_heyn_lines_ci95"] == pytest.approx(exact, rel=0.01)
     assert values["grains_whole"] == len(session.diameters) == sum(len(each.whole) for each in measured.values())
     assert values["pooled_mean_equivalent_diameter_um"] == pytest.approx(session.diameters.mean())
-    assert " ± " in session.headline
+    told = r"mean equivalent diameter \d\.\d\d ± 0\.\d\d um, ASTM E112 G \d+\.\d{3} ± 0\.0\d\d \(planimetric\); \d+ whole grains in 6 fields"
+    assert re.fullmatch(told, session.headline), session.headline
+    assert measure_session(fields(1)).headline.count("±") == 0
     assert not [warning for warning in session.warnings if "asks" in warning]
 
 
@@ -276,7 +279,7 @@ def test_session_warns_of_what_the_standard_misses() -> None:
     assert session.to_dict()["fields_measured"] == 1
     assert session.to_dict()["mean_equivalent_diameter_ci95_um"] is None
     uneven = measure_session({str(side): measure_field(tiles(10, 10, side), 0.1) for side in (10, 14, 20, 26, 30)})
-    assert "so more fields would be right" in " ".join(uneven.warnings)
+    assert re.search(r"the number of grains per area has a relative accuracy of \d+ %; .* so more fields would be right", " ".join(uneven.warnings))
 
 
 def test_session_refuses_what_cannot_be_summed_up() -> None:
@@ -301,9 +304,12 @@ def test_comparison_of_known_distributions() -> None:
     assert "so the means differ" in found.sentence
     same = compare(a, a.copy())
     assert same.to_dict()["wasserstein_um"] == 0
+    assert "B is as large as A" in same.sentence
     assert "not told apart" in same.sentence
     with pytest.raises(UserError, match="too few to compare"):
         compare(a, b[:3])
+    with pytest.raises(UserError, match="A has sizes from 0 to 0"):
+        compare(0 * a, b)
 
 
 @pytest.fixture
@@ -342,6 +348,7 @@ def test_sizes_that_do_not_compare_are_refused(session_folder: Path, tmp_path: P
         read_sizes(in_px, "length_um")
     with pytest.raises(UserError, match="--column"):
         read_sizes(_csv(tmp_path / "two.csv", {"a_um": [1.0], "b_um": [2.0]}))
+    assert read_sizes(_csv(tmp_path / "density.csv", {"length_per_um": [1.0, 2.0]}), "length_per_um").unit == "per_um"
     with pytest.raises(UserError, match="holds no numbers"):
         read_sizes(_csv(tmp_path / "words.csv", {"a_um": ["x", "y"]}), "a_um")
     (session_folder / "m2_grains.csv").write_text(in_px.read_text())

@@ -19,18 +19,21 @@ import tifffile
 import torch
 from scipy import ndimage as ndi
 from skimage import graph, segmentation
+from skimage.morphology import reconstruction
 from torch import nn
 
+import graincast.segment.instances
+import graincast.segment.segmenter
 from graincast.errors import UserError
-from graincast.evaluate.metrics import score_grains
+from graincast.evaluate.metrics import score_grains, score_instances
 from graincast.measure.grains import measure_grains
 from graincast.microscope.preparation import Preparation
 from graincast.microscope.reader import Micrograph, read_micrograph
 from graincast.microscope.streamed import StreamedMicrograph
 from graincast.segment import tiled
 from graincast.segment.compiled import compiled
-from graincast.segment.instances import Cut, _merge_weak, _peaks, instances
-from graincast.segment.network import build_network, standardise
+from graincast.segment.instances import Cut, _flood, _merge_weak, _peaks, _reconstructed, instances
+from graincast.segment.network import STRIDE, build_network, standardise
 from graincast.segment.segmenter import Segmenter, eager
 from graincast.simulate.tessellation import tessellate
 
@@ -52,6 +55,15 @@ class Dark(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.near(x), self.wide(x)], dim=1)
+
+
+class Pooled(Dark):
+    """With a coarse view, as that of an encoder: what it sees depends on where the image lies on its grid of `STRIDE` px."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = super().forward(x)
+        coarse = nn.functional.avg_pool2d(maps[:, :1], STRIDE)
+        return maps + 3 * nn.functional.interpolate(coarse + 1.6, scale_factor=STRIDE)
 
 
 def grey_grains(shape: tuple[int, int], grains: int, seed: int = 0) -> np.ndarray:
@@ -164,6 +176,32 @@ class TestExactMerging:
         found = _merge_weak(grains, boundary, level)
         assert same_partition(found, merged_by_skimage(grains, boundary, level))
 
+    @pytest.mark.parametrize("shape", [(200, 260), (70, 3), (1, 90), (900, 700)])
+    @pytest.mark.parametrize("rise", [3000, 0, 65535])
+    def test_reconstruction_is_that_of_scikit_image(self, monkeypatch, shape, rise):
+        monkeypatch.setattr(graincast.segment.instances, "BAND_PX", 20_000)
+        hilly = ndi.gaussian_filter(np.random.default_rng(0).random(shape), 4)
+        mask = np.rint(65535 * (hilly - hilly.min()) / np.ptp(hilly)).astype(np.uint16)
+        marker = mask - np.minimum(mask, np.uint16(rise))
+        np.testing.assert_array_equal(_reconstructed(marker.copy(), mask), reconstruction(marker, mask, footprint=np.ones((3, 3))))
+
+    def test_reconstruction_finds_the_end_of_a_maze(self):
+        mask = np.full((61, 61), 9, np.uint16)
+        mask[1::4, 1:] = mask[3::4, :-1] = 0
+        marker = np.zeros_like(mask)
+        marker[0, 0] = 7
+        np.testing.assert_array_equal(_reconstructed(marker, mask), np.minimum(mask, 7))
+
+    @pytest.mark.parametrize("low", [-1.0, -0.4, 0.2])
+    def test_watershed_is_that_of_scikit_image(self, low):
+        """Wherever level 0 lies: above most lines, in their middle, below every basin."""
+        rng = np.random.default_rng(0)
+        hilly = ndi.gaussian_filter(rng.random((300, 400)), 3)
+        landscape = (low + (hilly - hilly.min()) / np.ptp(hilly)).astype(np.float32)
+        seeds, count = _peaks(landscape.max() - landscape, 0.1)
+        assert count > 100
+        np.testing.assert_array_equal(_flood(landscape, seeds), segmentation.watershed(landscape, seeds))
+
     def test_small_grains_are_dissolved_as_by_flooding_all_anew(self):
         rng = np.random.default_rng(0)
         boundary = ndi.gaussian_filter(rng.random((200, 260)), 3)
@@ -264,6 +302,14 @@ class TestLarge:
         with StreamedMicrograph(found.labels) as file:
             assert file.pixel_size_um == pytest.approx(found.pixel_size_um, rel=1e-5)
         assert found.labels.stat().st_size < labels.nbytes / 5
+
+    def test_blocks_lie_on_the_network_s_grid(self, field, tmp_path, monkeypatch):
+        monkeypatch.setattr(tiled, "BLOCK_PX", 450)
+        monkeypatch.setattr(graincast.segment.segmenter, "TILE", 512)  # smaller than the field, whose tiles then begin at the grid's lines
+        pooled = Segmenter(Pooled().eval(), Cut(40), {"precision": "float32"}, PREPARATION)
+        path = write(tmp_path / "m.tif", field)
+        labels = tifffile.imread(tiled.segment_large(pooled, path, tmp_path / "labels.tif").labels).astype(np.int32)
+        assert score_instances(labels, pooled.segment_micrograph(read_micrograph(path)))["ap50"] >= 0.99
 
     def test_a_grain_larger_than_the_blocks_is_one(self, segmenter, tmp_path, monkeypatch):
         monkeypatch.setattr(tiled, "BLOCK_PX", 250)

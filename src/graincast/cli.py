@@ -66,12 +66,13 @@ def segment(
     from graincast.store.registry import load_segmenter
 
     kinds = chosen(export)
-    outcomes = segment_files(load_segmenter(model), sources, out, pixel_size, exports=kinds)
+    segmenter = load_segmenter(model).compile()  # pays from 4 million pixels on; always, or a file's grains would depend on what lies beside it
+    outcomes = segment_files(segmenter, sources, out, pixel_size, exports=kinds)
     table = Table("micrograph", "grains", "mean diameter", "ASTM G", "")
     for outcome in outcomes:
         found = outcome.summary
         cells = _grain_cells(found) if found else (f"[red]refused[/]: {escape(outcome.refused or '')}", "", "")
-        table.add_row(escape(outcome.source.name), *cells, "done before" if outcome.before else "")
+        table.add_row(escape(outcome.file), *cells, "done before" if outcome.before else "")
     console = Console()
     console.print(table)
     counts = count(outcomes)
@@ -368,8 +369,8 @@ def growth(
     models = load_models(model, run, translator, segmenter)
     grown = growth_of(*models, settings, out, frames=asked[0] if len(asked) == 1 else asked, size=size, seed=seed)
     table = Table("kinetics, 95 % interval", *grown.fits)
-    for name in ("exponent", "ideal_rate", "log_slope"):
-        table.add_row(name.replace("_", " "), *(str(getattr(fit, name)) for fit in grown.fits.values()))
+    for name, words in (("exponent", "exponent n"), ("ideal_rate", f"ideal rate k, {grown.unit}² L"), ("log_slope", "log-log slope")):
+        table.add_row(words, *(str(getattr(fit, name)) for fit in grown.fits.values()))
     console = Console()
     console.print(grown.doubt if grown.doubt else table)
     console.print(f"{len(grown.table)} frames: {out}")

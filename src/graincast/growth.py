@@ -39,6 +39,7 @@ from graincast.errors import UserError
 from graincast.evaluate.metrics import score_instances
 from graincast.kinetics import FEWEST_TIMES, Kinetics, Sizes, difference, fit_kinetics
 from graincast.labels import fill_lines
+from graincast.measure.scan import border_weights, scan
 from graincast.simulate import library, structure
 from graincast.store.imageset import whole_folder
 
@@ -285,19 +286,12 @@ def periodic_sizes(labels: np.ndarray, pixel_size: float = 1.0) -> np.ndarray:
 
 
 def visible_sizes(labels: np.ndarray, pixel_size: float = 1.0) -> np.ndarray:
-    """The same of grains 1..N that tile an image, those that its border does not cut, each counted as 1 / p.
-
-    p is the probability that the box around the grain lies inside the image, border pixels apart, wherever the grain lies.
-    """
-    height, width = labels.shape
-    kept = []
-    for number, box in enumerate(ndi.find_objects(labels), 1):
-        if box is None or min(box[0].start, box[1].start, height - box[0].stop, width - box[1].stop) < 1:
-            continue
-        rows, columns = (side.stop - side.start for side in box)
-        kept.append((number, box[0].start * width + box[1].start, height * width / ((height - 1 - rows) * (width - 1 - columns))))
-    numbers, first, weight = (np.array(values) for values in zip(*kept, strict=True)) if kept else (np.zeros(0, int),) * 3
-    return _by_block(first, np.bincount(labels.ravel())[numbers], weight, labels.shape, pixel_size)
+    """The same of grains 1..N that tile an image, those that its border does not cut, each with its `border_weights`."""
+    scanned = scan(labels)
+    whole = ~scanned.at_border
+    boxes = scanned.boxes[whole]
+    weight = border_weights(boxes, (0, 0, *labels.shape))
+    return _by_block(boxes[:, 0] * labels.shape[1] + boxes[:, 1], scanned.area_px2[whole], weight, labels.shape, pixel_size)
 
 
 def _by_block(place: np.ndarray, area: np.ndarray, weight: np.ndarray, shape: tuple[int, ...], pixel_size: float) -> np.ndarray:

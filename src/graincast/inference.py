@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -22,12 +24,11 @@ from graincast import __version__
 from graincast.compute import ahead
 from graincast.errors import UserError
 from graincast.export.kinds import KINDS, REPORT, USUAL, Piece, Segmented, reduction
+from graincast.found import doubts, find_grains
 from graincast.measure.field import FieldSizes, measure_field
-from graincast.measure.grains import measure_grains
 from graincast.measure.session import SessionSizes, measure_session
-from graincast.microscope.reader import Micrograph, find_micrographs, read_micrograph, reason
-from graincast.segment.confidence import grain_confidence, line_confidence
-from graincast.segment.instances import instances
+from graincast.microscope.preparation import TooLarge
+from graincast.microscope.reader import find_micrographs, printable, read_micrograph, reason
 from graincast.segment.segmenter import Segmenter
 from graincast.store.imageset import PARTIAL, folder_digest, whole_file
 
@@ -35,8 +36,6 @@ AT_ONCE = 4
 """Files that are segmented side by side, at most: each takes some hundred bytes a pixel."""
 FIELD, SUMMARY, PAGE = "_field.json", "summary.json", "report.html"
 """How the name of a micrograph's record ends; the folder's summary and page."""
-FEW_COLOURED = 0.2
-"""Share of coloured pixels up to which they are taken for something drawn into the image."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,11 @@ class Outcome:
     warnings: Sequence[str] = ()
     before: bool = False
     overlay: Path | None = None
+
+    @property
+    def file(self) -> str:
+        """The micrograph's name, as it can be printed."""
+        return printable(self.source.name)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -113,7 +117,7 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     for source in sources:
         if out.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
             raise UserError(f"results cannot go where the micrographs are, {out}; another folder would be right")
-    files = [file for source in sources for file in find_micrographs(source, exclude=out)]
+    files = [file for source in sources for file in _micrographs(source, out)]
     names = [file.stem for file in files] if names is None else names
     if len(names) != len(files):
         raise ValueError(f"{len(names)} names for {len(files)} files")
@@ -140,6 +144,18 @@ def segment_files(segmenter: Segmenter, sources: Sequence[Path], out: Path, pixe
     return outcomes
 
 
+def _micrographs(source: Path, out: Path) -> list[Path]:
+    """The files that a source stands for; results of earlier runs that lie in it, in another folder than `out`, are none."""
+    files = find_micrographs(source, exclude=out)
+    if not source.is_dir():
+        return files
+    records = ((record.parent, _read_record(record)) for folder in {file.parent for file in files} for record in folder.glob(f"*{FIELD}"))
+    results = {folder / each for folder, record in records if record for kind in record["files"].values() for each in kind}
+    if results.issuperset(files):
+        raise UserError(f"{source} holds nothing but results; a folder of micrographs would be right")
+    return [file for file in files if file not in results]
+
+
 class _Run:
     """One model with its settings, on its way through files; used from several threads."""
 
@@ -149,10 +165,13 @@ class _Run:
             segmenter.save(Path(folder))
             model = folder_digest(Path(folder))
         self._large = threading.Lock()
+        self._of_large = copy.copy(segmenter)  # it is compiled on the way, and other files' results must not depend on whether it was
         self.provenance = {"model": model, "pixel_size_um_if_unknown": pixel_size_um, "graincast": __version__}
 
     def outcome(self, file: Path, name: str) -> Outcome:
         record = self.out / f"{name}{FIELD}"
+        if printable(name) != name:  # not every kind of export can be called by it
+            return Outcome(file, refused=f"{printable(file.name)} has a name that cannot be printed; another name would be right")
         try:
             content = _content(file)
         except UserError as error:
@@ -174,40 +193,39 @@ class _Run:
 
     def _results(self, file: Path, name: str, content: str) -> tuple[dict[str, dict[str, str]], FieldSizes, list[str]]:
         """What was written, kind by kind, what was measured, and what to know of it."""
-        if not _is_large(file):
-            found, sizes, warnings = self._segment(file, content)
-            return {kind: self._write(kind, name, found) for kind in self.kinds}, sizes, warnings
-        with self._large, tempfile.TemporaryDirectory(prefix=PARTIAL, dir=self.out) as scratch:  # one at a time, for memory's sake
-            found, sizes, warnings = self._segment_large(file, content, Path(scratch))
+        with contextlib.ExitStack() as until_written:
+            results = self._segment(file, content)
+            if results is None:
+                until_written.enter_context(self._large)  # one at a time, for memory's sake
+                scratch = until_written.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=self.out))
+                results = self._segment_large(file, content, Path(scratch))
+            found, sizes, warnings = results
             return {kind: self._write(kind, name, found) for kind in self.kinds}, sizes, warnings
 
-    def _segment(self, file: Path, content: str) -> tuple[Segmented, FieldSizes, list[str]]:
+    def _segment(self, file: Path, content: str) -> tuple[Segmented, FieldSizes, list[str]] | None:
+        """As a whole; None: it is too large for that."""
+        from graincast.segment.tiled import LARGE_PX
+
+        if _declared(file)[0] > LARGE_PX:
+            return None
         micrograph = read_micrograph(file)
         _check_unchanged(file, content)
-        segmenter, sure = self.segmenter, None
-        maps, scale = segmenter.micrograph_maps(micrograph, self.pixel_size_um)
-        labels = np.zeros(micrograph.image.shape, np.int32)
-        labels[: maps.shape[1]] = instances(maps, segmenter.cut, scale)
-        assert segmenter.preparation is not None  # or there were no maps
-        pixel_size = segmenter.preparation.pixel_size(micrograph, self.pixel_size_um)
-        field = labels > 0
-        grains = measure_grains(labels, pixel_size, field=field)
-        sizes = measure_field(labels, pixel_size, grains, field)
-        if segmenter.calibration is not None:
-            grains["confidence"] = grain_confidence(labels, maps, segmenter.calibration)[grains["label"] - 1]
-            sure = np.full(labels.shape, np.nan, np.float32)
-            sure[: maps.shape[1]] = line_confidence(labels[: maps.shape[1]], maps)
-        every = reduction(labels.shape)
-        part = (slice(None, None, every),) * 2
-        found = Segmented(file.name, micrograph.image[part], labels, grains, pixel_size, every, sure if sure is None else sure[part])
-        return found, sizes, [*_doubts(micrograph), *sizes.warnings]
+        if micrograph.image.size > LARGE_PX:
+            return None
+        try:
+            found = find_grains(self.segmenter, micrograph, self.pixel_size_um)
+        except UserError as error:
+            if isinstance(error.__cause__, TooLarge):  # once its grains are as wide as the network wants them
+                return None
+            raise
+        return Segmented.of(file.name, micrograph.image, found), found.sizes, found.warnings
 
     def _segment_large(self, file: Path, content: str, scratch: Path) -> tuple[Segmented, FieldSizes, list[str]]:
         """Block by block; `scratch` holds the label map while it is needed."""
         from graincast.microscope.streamed import BAND_ROWS, StreamedMicrograph
         from graincast.segment.tiled import StreamedLabels, segment_large
 
-        result = segment_large(self.segmenter, file, scratch / "labels.tif", self.pixel_size_um)
+        result = segment_large(self._of_large, file, scratch / "labels.tif", self.pixel_size_um)
         height, width = result.shape
         every = reduction(result.shape)
         labels = np.memmap(scratch / "labels.raw", np.int32, "w+", shape=result.shape)
@@ -222,7 +240,7 @@ class _Run:
         sizes = measure_field(labels[: result.bar_row], result.pixel_size_um, grains)
         found = Segmented(file.name, image, labels, grains, result.pixel_size_um, every, windows=lambda: (Piece(*block) for block in result.blocks()))
         unsure = ["segmented block by block, without a confidence in each grain"] if self.segmenter.calibration else []
-        return found, sizes, [*unsure, *sizes.warnings]
+        return found, sizes, [*doubts(height * width, _declared(file)[1]), *unsure, *sizes.warnings]
 
     def _write(self, kind: str, name: str, found: Segmented) -> dict[str, str]:
         path = self.out / f"{name}{KINDS[kind].suffix}"
@@ -239,7 +257,8 @@ class _Run:
 
     def _outcome(self, file: Path, record: Mapping[str, Any], before: bool) -> Outcome:
         sizes = FieldSizes(record["unit"], record["values"], pd.DataFrame(record["whole_grains"], dtype=float))
-        overlay = next((self.out / each for each in record["files"].get("overlay", ())), None)
+        # one that was not asked for this time need not be there any more
+        overlay = next((self.out / each for each in record["files"]["overlay"]), None) if "overlay" in self.kinds else None
         return Outcome(file, sizes, warnings=record["warnings"], before=before, overlay=overlay)
 
 
@@ -248,37 +267,20 @@ def _sized(unit: str) -> tuple[str, str]:
     return f"equivalent_diameter_{unit}", f"area_{unit}2"
 
 
-def _is_large(file: Path) -> bool:
-    """Whether a file is better segmented block by block; only TIFFs can be so large."""
-    from graincast.segment.tiled import LARGE_PX
-
+def _declared(file: Path) -> tuple[int, int]:
+    """Pixels of a TIFF's first page, and its pages, by its head; 0 and 1: another format, told when it is read, or what cannot be read."""
     if file.suffix.lower() not in (".tif", ".tiff"):
-        return False
+        return 0, 1
     try:
         with tifffile.TiffFile(file) as tif:
-            page = tif.pages[0]
-            return bool(page.imagewidth * page.imagelength > LARGE_PX)
+            return int(tif.pages[0].imagewidth * tif.pages[0].imagelength), len(tif.pages)
     except (OSError, ValueError, IndexError, tifffile.TiffFileError):
-        return False  # reading it says what is wrong
+        return 0, 1  # reading it says what is wrong
 
 
 def _check_unchanged(file: Path, content: str) -> None:
     if _content(file) != content:
         raise UserError(f"{file} changed while it was read; once nothing writes to it any more, another run would be right")
-
-
-def _doubts(micrograph: Micrograph) -> list[str]:
-    """What is odd about the file itself."""
-    coloured, pages = micrograph.coloured_px, int(micrograph.instrument.get("pages", 1))
-    share = coloured / micrograph.image.size
-    found = []
-    if pages > 1:
-        found.append(f"the file has {pages} pages, of which the first was segmented")
-    if 0 < share <= FEW_COLOURED:
-        found.append(f"{coloured} px are coloured, as of a scale bar or annotation drawn into the image; lines of it may be taken for boundaries")
-    elif share > FEW_COLOURED:
-        found.append(f"{share:.0%} of the pixels are coloured and their luminance was segmented; the grey image of the microscope would be right")
-    return found
 
 
 def _session(outcomes: Mapping[str, Outcome]) -> tuple[SessionSizes | None, list[str]]:
@@ -292,7 +294,7 @@ def _session(outcomes: Mapping[str, Outcome]) -> tuple[SessionSizes | None, list
 
 
 def _summary(outcomes: Iterable[Outcome], session: SessionSizes | None, doubts: Sequence[str], run: _Run) -> dict[str, Any]:
-    images = [{"file": outcome.source.name, **({**outcome.summary, "warnings": outcome.warnings, "done": "before" if outcome.before else "now"}
+    images = [{"file": outcome.file, **({**outcome.summary, "warnings": outcome.warnings, "done": "before" if outcome.before else "now"}
                                                 if outcome.summary else {"refused": outcome.refused})} for outcome in outcomes]
     return {**count(outcomes), "session": session and session.to_dict(), "warnings": doubts, **run.provenance, "images": images}
 

@@ -31,15 +31,17 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from graincast.errors import UserError
-from graincast.export.kinds import KINDS, Segmented, reduction
+from graincast.export.kinds import KINDS, Segmented
+from graincast.found import Found
 from graincast.microscope.reader import Micrograph
 from graincast.segment.segmenter import Segmenter
 from graincast.store import registry
 from graincast.store.imageset import folder_digest
-from graincast.store.pyfunc import IMAGE, PIXEL_SIZE, Found, ServedSegmenter, as_micrograph, records
+from graincast.store.pyfunc import IMAGE, PIXEL_SIZE, ServedSegmenter, as_micrograph, records
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ def build_app(model: Model, limits: Limits) -> FastAPI:
     app = FastAPI(title="graincast", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_api_route("/segment", desk.segment, methods=["POST"])
     app.add_api_route("/health", desk.health, methods=["GET"])
+    for status in (404, 405):
+        app.add_exception_handler(status, _elsewhere)
     app.add_exception_handler(UserError, _refused)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
@@ -186,8 +190,8 @@ class _Desk:
             self.inside -= 1
 
     def _declared(self, request: Request) -> int:
-        """What the body may need: what its sender says, else the most that is taken."""
-        length = request.headers.get("content-length")
+        """What the body may need: what its sender says, else the most that is taken; of chunks, a length says nothing (RFC 9112, 6.3)."""
+        length = None if "transfer-encoding" in request.headers else request.headers.get("content-length")
         return int(length) if length else self.limits.body_bytes  # that it is a number, h11 has made sure
 
     async def _body(self, request: Request) -> bytes:
@@ -275,17 +279,14 @@ def _from_json(body: bytes, pixel_size_um: float | None) -> tuple[Any, float | N
 
 def _as_json(model: Model, micrograph: Micrograph, found: Found) -> bytes:
     labels = base64.b64encode(_as_file("labels", model, micrograph, found)).decode()
-    answer = {"model": model.to_dict(), PIXEL_SIZE: found.pixel_size_um, "field": found.sizes.to_dict(), "warnings": found.sizes.warnings,
+    answer = {"model": model.to_dict(), PIXEL_SIZE: found.pixel_size_um, "field": found.sizes.to_dict(), "warnings": found.warnings,
               "grains": records(found.grains), "labels": {"media_type": "image/tiff", "encoding": "base64", "data": labels}}
     return json.dumps(answer, allow_nan=False).encode()
 
 
 def _as_file(kind: str, model: Model, micrograph: Micrograph, found: Found) -> bytes:
     """What `graincast segment` would write of this kind."""
-    every, sure = reduction(found.labels.shape), found.line_confidence
-    part = (slice(None, None, every),) * 2
-    segmented = Segmented("image", micrograph.image[part], found.labels, found.grains, found.pixel_size_um, every,
-                          sure if sure is None else sure[part])
+    segmented = Segmented.of("image", micrograph.image, found)
     with tempfile.TemporaryDirectory(prefix="graincast-") as folder:
         path = Path(folder, f"image{KINDS[kind].suffix}")
         KINDS[kind].write(segmented, path)
@@ -311,6 +312,12 @@ def _answer_for(accept: str) -> tuple[Answer, str]:
         if kind in _ANSWERS:
             return _ANSWERS[kind], kind
     raise HTTPException(406, f"there is no answer of the kind that Accept names; {', '.join(_ANSWERS)} would be right")
+
+
+async def _elsewhere(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    sentence = f"{request.method} {request.url.path[:100]} is not served; POST /segment or GET /health would be right"
+    return JSONResponse({"detail": sentence}, error.status_code, error.headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -49,7 +49,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, truth: np.ndarray | None = No
     -------
     (H, W, 3) uint8 ndarray
         RGB: the image in grey, predicted lines orange, those with less confidence than `LEAST_CONFIDENCE` purple, true lines
-        sky blue, pixels on both green. Lines are two pixels wide, however thick the masks are.
+        sky blue, pixels on both green. Lines are two pixels wide, however thick the masks are, and purple ones four, so that
+        they are not missed.
 
     Raises
     ------
@@ -67,7 +68,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, truth: np.ndarray | None = No
     picture = np.repeat(image[..., None], 3, axis=2)
     picture[predicted] = PREDICTED
     if confidence is not None:
-        picture[predicted & (confidence < LEAST_CONFIDENCE)] = DOUBTFUL
+        doubtful = predicted & (confidence < LEAST_CONFIDENCE)
+        picture[dilation(doubtful, np.ones((3, 3), bool)) & inside & (doubtful | ~predicted)] = DOUBTFUL
     picture[true] = TRUE
     picture[predicted & true] = BOTH
     return picture

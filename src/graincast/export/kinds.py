@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import imagecodecs
 import imageio.v3 as iio
@@ -26,6 +26,9 @@ from graincast.errors import UserError
 from graincast.evaluate.overlay import DOUBTFUL, LEAST_CONFIDENCE, PREDICTED, overlay, with_scale_bar
 from graincast.export.outlines import Polygon, outlines
 from graincast.microscope.preparation import to_grey8
+
+if TYPE_CHECKING:
+    from graincast.found import Found
 
 LARGEST_PICTURE_PX = 30_000_000
 """Overlays of larger micrographs are reduced, by a whole number, to at most this many px."""
@@ -60,8 +63,8 @@ class Segmented:
         None: unknown.
     every : int
         See `image`; `reduction` of the labels' shape.
-    line_confidence : (H, W) float32 ndarray, optional
-        Boundary probability along lines (`graincast.segment.confidence.line_confidence`).
+    line_confidence : (h, w) float32 ndarray, optional
+        Boundary probability along lines (`graincast.segment.confidence.line_confidence`) at the pixels of `image`.
     windows : callable, optional
         Yields `Piece` after `Piece`, each grain in one of them; the map as a whole unless given.
     """
@@ -74,6 +77,13 @@ class Segmented:
     every: int = 1
     line_confidence: np.ndarray | None = None
     windows: Callable[[], Iterable[Piece]] | None = None
+
+    @classmethod
+    def of(cls, source: str, image: np.ndarray, found: Found) -> Segmented:
+        """Of a whole micrograph, `image` being all of it; reduced as its picture needs."""
+        every, sure = reduction(image.shape), found.line_confidence
+        part = (slice(None, None, every),) * 2
+        return cls(source, image[part], found.labels, found.grains, found.pixel_size_um, every, sure if sure is None else sure[part])
 
     def pieces(self) -> Iterable[Piece]:
         """Windows that between them hold every grain whole."""

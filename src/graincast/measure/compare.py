@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_COLUMNS = ("equivalent_diameter_um", "equivalent_diameter_px")
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-LENGTH_UNIT = re.compile(r"_(nm|um|mm|px)2?$")
+LENGTH_UNIT = re.compile(r"_((?:per_)?(?:nm|um|mm|px)2?)$")
 MIN_COUNT, SIGNIFICANT = 5, 0.05
 """Sizes that a side must have, and the level of the test."""
 
@@ -39,7 +39,7 @@ class Sizes:
     column : str
         What was read.
     unit : str
-        ``um``, ``um2``, ``px``, ... ; empty for a pure number.
+        ``um``, ``um2``, ``px``, ``per_um``, ... ; empty for a pure number.
     """
 
     name: str
@@ -75,10 +75,11 @@ class Comparison:
         a, b, unit = self.a.name, self.b.name, self.a.unit
         percent, p = self.values["difference_of_means_percent"], self.values["ks_p"]
         low, high = (self.values[_named(f"difference_of_means_ci95_{end}", unit)] for end in ("low", "high"))
-        space = f" {unit}" if unit else ""
+        space = f" {unit.replace('_', ' ')}" if unit else ""
         means = [f"{self.values[_named(f'{side}_mean', unit)]:.3g}{space} ({self.values[f'{side}_count']} grains)" for side in ("a", "b")]
         told = low > 0 or high < 0
-        text = f"{b} is {abs(percent):.1f} % {'larger' if percent > 0 else 'smaller'} than {a} on the mean: {means[1]} against {means[0]}, "
+        relation = f"{abs(percent):.1f} % {'larger' if percent > 0 else 'smaller'} than" if percent else "as large as"
+        text = f"{b} is {relation} {a} on the mean: {means[1]} against {means[0]}, "
         text += f"difference {self.values[_named('difference_of_means', unit)]:.2g}{space} with 95 % interval {low:.2g} to {high:.2g}, "
         text += "so the means differ" if told else "which includes no difference"
         shape = "differ" if p < SIGNIFICANT else "are not told apart"
@@ -103,7 +104,7 @@ class Comparison:
                                    (right, "cumulative", "share of the grains up to this size")):
             style(axes)
             heading(axes, title)
-            axes.set_xlabel(" / ".join(names) + (f", {self.a.unit}" if self.a.unit else ""), color=INK)
+            axes.set_xlabel(" / ".join(names) + (f", {self.a.unit.replace('_', ' ')}" if self.a.unit else ""), color=INK)
             axes.set_ylabel(scale, color=INK)
         left.set_xlim(left=min(0.0, edges[0]))
         right.set_xlim(left.get_xlim())
@@ -135,7 +136,7 @@ def compare(a: np.ndarray, b: np.ndarray, *, names: tuple[str, str] = ("A", "B")
     Raises
     ------
     UserError
-        If a side has fewer than `MIN_COUNT` sizes.
+        If a side has fewer than `MIN_COUNT` sizes, one below 0, or nothing but 0.
 
     Examples
     --------
@@ -149,6 +150,8 @@ def compare(a: np.ndarray, b: np.ndarray, *, names: tuple[str, str] = ("A", "B")
     for side, name, sizes in zip("ab", names, sides, strict=True):
         if sizes.size < MIN_COUNT:
             raise UserError(f"{name} has {sizes.size} sizes, too few to compare; {MIN_COUNT} or more would be right")
+        if sizes.min() < 0 or not sizes.any():
+            raise UserError(f"{name} has sizes from {sizes.min():g} to {sizes.max():g}; sizes from 0 up, not all of them 0, would be right")
         half = stats.t.ppf(0.975, sizes.size - 1) * stats.sem(sizes)
         values |= {f"{side}_count": sizes.size, **{_named(f"{side}_{word}", unit): float(figure) for word, figure in (
             ("mean", sizes.mean()), ("std", sizes.std(ddof=1)), ("median", np.median(sizes)), ("mean_ci95", half))}}
@@ -165,7 +168,7 @@ def compare(a: np.ndarray, b: np.ndarray, *, names: tuple[str, str] = ("A", "B")
         _named("wasserstein", unit): float(stats.wasserstein_distance(sides[0], sides[1])),
     }
     both = [Sizes(*side, unit) for side in zip(names, sides, columns, strict=True)]
-    warnings = ["sizes are in px: they compare where both sides have the same pixel size"] if unit.startswith("px") else []
+    warnings = ["sizes are in px: they compare where both sides have the same pixel size"] if "px" in unit else []
     return Comparison(both[0], both[1], values, warnings)
 
 
@@ -237,7 +240,7 @@ def read_sizes(source: Path, column: str | None = None) -> Sizes:
     name = next(iter(columns.values()))
     values = np.concatenate([_numbers(table, name, file) for file, table in tables.items()])
     unit = LENGTH_UNIT.search(name)
-    return Sizes(source.stem if source.is_file() else source.resolve().name, values, name, unit.group()[1:] if unit else "")
+    return Sizes(source.stem if source.is_file() else source.resolve().name, values, name, unit.group(1) if unit else "")
 
 
 def _tables(source: Path) -> list[Path]:

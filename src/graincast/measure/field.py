@@ -21,7 +21,7 @@ import pandas as pd
 from graincast.measure.distribution import distribution, plain
 from graincast.measure.grains import check_map, measure_grains, unit_and_size
 from graincast.measure.intercepts import ABRAMS, DIRECTIONS_DEG, LINES_PER_GRAIN, Count, count_circles, count_lines
-from graincast.measure.scan import filled, scan
+from graincast.measure.scan import border_weights, filled, scan
 from graincast.measure.standards import (
     MIN_GRAINS,
     astm_e112_intercept,
@@ -117,8 +117,8 @@ def measure_field(labels: np.ndarray, pixel_size_um: float | None, grains: pd.Da
         ``mean_equivalent_diameter_*`` and others
             Distribution of the whole grains, `graincast.measure.distribution.distribution`.
         ``edge_corrected_mean_equivalent_diameter_*``
-            The mean with every whole grain weighted by the inverse of its chance to lie whole in the field (Miles and
-            Lantuejoul, as in ISO 13322-1); None where the field is no rectangle.
+            The mean with every whole grain weighted by the inverse of its chance to lie whole in the field
+            (`graincast.measure.scan.border_weights`; as in ISO 13322-1); None where the field is no rectangle.
         ``mean_feret_max_*``, ``mean_feret_min_*``, ``mean_aspect_ratio``, ``mean_circularity``, ``mean_neighbours``
             Over the whole grains.
 
@@ -142,6 +142,7 @@ def measure_field(labels: np.ndarray, pixel_size_um: float | None, grains: pd.Da
     areas, diameters = whole[f"area_{unit}2"].to_numpy(float), whole[f"equivalent_diameter_{unit}"].to_numpy(float)
     mean_area = areas.mean() if areas.size else None
     largest = table[f"area_{unit}2"].max() if len(table) else None
+    corrected = np.average(diameters, weights=border_weights(boxes[~border], box)) if rectangle and diameters.size else None
     density = scanned.boundary_per_area
     values: dict[str, Any] = {
         "pixel_size_um": pixel_size_um if unit == "um" else None,
@@ -165,7 +166,7 @@ def measure_field(labels: np.ndarray, pixel_size_um: float | None, grains: pd.Da
         "triple_junctions": scanned.triple_junctions,
         f"triple_junctions_per_{unit}2": scanned.triple_junctions / (cells * size**2) if cells else None,
         **distribution(diameters, areas, unit),
-        f"edge_corrected_mean_equivalent_diameter_{unit}": _edge_corrected(diameters, boxes[~border], box) if rectangle else None,
+        f"edge_corrected_mean_equivalent_diameter_{unit}": corrected,
         **{f"mean_{name}": whole[name].mean() for name in (template.replace("*", unit) for template in MEANS)},
     }
     return FieldSizes(unit, {name: plain(value) for name, value in values.items()}, whole, _warnings(len(table), len(whole), count, unit))
@@ -195,13 +196,6 @@ def _intercepts(grown: np.ndarray, box: Sequence[int], grain_px: float | None, u
     along = {angle: count.mean_intercept_px for angle, count in by_angle.items()}
     values |= {f"mean_intercept_{angle}_deg_{unit}": mean and mean * size for angle, mean in along.items()}
     return {**values, "anisotropy_index": along[0] / along[90] if along[0] and along[90] else None}
-
-
-def _edge_corrected(diameters: np.ndarray, boxes: np.ndarray, box: Sequence[int]) -> float | None:
-    """Mean over whole grains, each weighted by the inverse of its chance to lie a pixel from the edges at least."""
-    sides = boxes[:, 2:] - boxes[:, :2]
-    chance = (box[2] - box[0] - 1 - sides[:, 0]) * (box[3] - box[1] - 1 - sides[:, 1])
-    return float(np.average(diameters, weights=1 / chance)) if diameters.size else None
 
 
 def _warnings(grains: int, whole: int, count: float, unit: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from graincast.measure.distribution import plain
 from graincast.measure.scan import SPACINGS, Scan, ferets, filled, scan
 from graincast.measure.standards import astm_e112_planimetric
 
@@ -75,7 +76,7 @@ def measure_grains(labels: np.ndarray, pixel_size_um: float | None, image_id: st
     ------
     ValueError
         If the labels are no two-dimensional integers from 0 up, `field` has another shape or the pixel size
-        is not positive.
+        is not positive and finite.
 
     References
     ----------
@@ -175,7 +176,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         "grains_per_mm2": density,
         "astm_grain_size_number": astm_e112_planimetric(density) if density else None,
     }
-    return {name: _plain(value) for name, value in summary.items()}
+    return {name: plain(value) for name, value in summary.items()}
 
 
 def unit_and_size(pixel_size_um: float | None) -> tuple[str, float]:
@@ -191,8 +192,8 @@ def check_map(labels: np.ndarray, pixel_size_um: float | None, field: np.ndarray
         raise ValueError(f"labels start at 0, got {labels.min()}")
     if field is not None and field.shape != labels.shape:
         raise ValueError(f"field {field.shape} does not fit the labels {labels.shape}")
-    if pixel_size_um is not None and pixel_size_um <= 0:
-        raise ValueError(f"pixel_size_um must be positive, got {pixel_size_um}")
+    if pixel_size_um is not None and (pixel_size_um <= 0 or math.isinf(pixel_size_um)):
+        raise ValueError(f"pixel_size_um must be positive and finite, got {pixel_size_um}")
 
 
 def _ellipses(scanned: Scan, area: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -217,9 +218,3 @@ def _unit(table: pd.DataFrame) -> str:
     if len(units) != 1:
         raise ValueError("want a table of measure_grains with areas in um or in px, not both")
     return units[0]
-
-
-def _plain(value: Any) -> float | int | None:
-    if value is None or not np.isfinite(value):
-        return None
-    return int(value) if isinstance(value, int | np.integer) else float(value)

@@ -30,9 +30,12 @@ OVER_FIELDS = (
     "mean_intercept_abrams_circles_*", "boundary_length_per_area_per_*", "surface_per_volume_per_*", "triple_junctions_per_*2",
     "mean_feret_max_*", "mean_feret_min_*", "mean_aspect_ratio", "mean_circularity", "mean_neighbours", "anisotropy_index")
 """Values of a field whose mean, standard deviation, interval and accuracy over the fields a session states; ``*`` is the unit."""
-JUDGED = {"um": ("grains_per_mm2", "mean_intercept_heyn_lines_um"), "px": ("mean_area_px2", "mean_intercept_heyn_lines_px")}
-"""Values whose relative accuracy is held against the standard's, by unit."""
+JUDGED = {"um": {"grains_per_mm2": "number of grains per area", "mean_intercept_heyn_lines_um": "mean intercept by lines"},
+          "px": {"mean_area_px2": "mean grain area", "mean_intercept_heyn_lines_px": "mean intercept by lines"}}
+"""Values whose relative accuracy is held against the standard's, by unit, and what they are in words."""
 UNIT = re.compile(r"(_per)?_(um|px|mm)2?$")
+ROUNDING = 1e-9
+"""Half widths below this, in um or as a grain size number, are those of equal fields."""
 
 NUMBERS = {
     "astm_e112_g_planimetric": ("grains_per_mm2", astm_e112_planimetric, 1.0, 1.0),
@@ -76,12 +79,12 @@ class SessionSizes:
         mean = self.values[f"mean_equivalent_diameter_{self.unit}"]
         if mean is None:
             return "no whole grain"
-        text = f"mean equivalent diameter {mean:.3g}{_interval(self.values[f'mean_equivalent_diameter_ci95_{self.unit}'], '.2g')} {self.unit}"
+        text = f"mean equivalent diameter {_with_interval(mean, self.values[f'mean_equivalent_diameter_ci95_{self.unit}'], '.3g')} {self.unit}"
         number = self.values["astm_e112_g_planimetric"]
         if number is not None:
-            text += f", ASTM E112 G {number:.1f}{_interval(self.values['astm_e112_g_planimetric_ci95'], '.1f')} (planimetric)"
+            text += f", ASTM E112 G {_with_interval(number, self.values['astm_e112_g_planimetric_ci95'], '.1f')} (planimetric)"
         several = "" if self.values["fields"] == 1 else f" in {self.values['fields']} fields"
-        return f"{text}; {len(self.diameters)} whole grains{several}"
+        return f"{text}; {len(self.diameters)} whole grain{'' if len(self.diameters) == 1 else 's'}{several}"
 
 
 def measure_session(fields: Mapping[str, FieldSizes]) -> SessionSizes:
@@ -172,8 +175,12 @@ def _common_unit(fields: Mapping[str, FieldSizes]) -> str:
     return next(iter(by_unit))
 
 
-def _interval(half: float | None, form: str) -> str:
-    return "" if half is None else f" ± {half:{form}}"
+def _with_interval(value: float, half: float | None, form: str) -> str:
+    """The half width to two digits and the value to as many decimals; without one, or with none but rounding, the value as `form` has it."""
+    if half is None or half < ROUNDING:
+        return f"{value:{form}}" + ("" if half is None else " ± 0")
+    decimals = max(1 - math.floor(math.log10(half)), 0)
+    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 
 def _warnings(fields: Mapping[str, FieldSizes], values: Mapping[str, Any], unit: str) -> list[str]:
@@ -186,10 +193,10 @@ def _warnings(fields: Mapping[str, FieldSizes], values: Mapping[str, Any], unit:
         "no pixel size: lengths are in px and there is no grain size number": unit == "px",
     }
     found = [sentence for sentence, applies in sentences.items() if applies]
-    for name in JUDGED[unit]:
+    for name, words in JUDGED[unit].items():
         accuracy = values[_part(name, "relative_accuracy_percent", unitless=True)]
         if accuracy is not None and accuracy > ACCEPTABLE_PERCENT:
-            found.append(f"relative accuracy of {name} is {accuracy:.0f} %; ASTM E112 calls {ACCEPTABLE_PERCENT} % acceptable, "
+            found.append(f"the {words} has a relative accuracy of {accuracy:.0f} %; ASTM E112 calls {ACCEPTABLE_PERCENT} % acceptable, "
                          "so more fields would be right")
     return found
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STRETCH_PERCENTILES = (0.1, 99.9)
 LEAST_SIGNAL_TO_NOISE = 2.0  # of an image, shading apart, whose grains cannot be sized; pure noise has 1
+MIDDLE_PX = 512  # side of the part of a field that is sought for grains first
 QUANTISATION = 1 / 255 / 12**0.5  # noise of rounding to 8 bits, standard deviation, fraction of full scale
 LARGEST_SCALE = 6.0
 """Largest resampling factor: of grains smaller than that, hardly anything but interpolation would be seen."""
@@ -104,6 +105,10 @@ def stretch_range(sample: np.ndarray) -> tuple[float, float]:
 def _stretch(image: np.ndarray, grey_range: tuple[float, float]) -> np.ndarray:
     low, high = grey_range
     return np.clip((image - low) / ((high - low) or 1), 0, 1)
+
+
+class TooLarge(ValueError):
+    """The prepared image would have more than `LARGEST_AREA_PX`; block by block it can be had (`graincast.segment.tiled`)."""
 
 
 class Inspection(NamedTuple):
@@ -206,12 +211,7 @@ class Preparation:
         if quality["saturated_fraction"] > self.max_saturated:
             return (f"saturated: {quality['saturated_fraction']:.0%} of the pixels are black or white, "
                     f"at most {self.max_saturated:.0%} may be")
-        if _signal_to_noise(field) < LEAST_SIGNAL_TO_NOISE:
-            try:
-                estimate_grain_diameter(field)
-            except ValueError as error:
-                return f"structureless: {error}"
-        return None
+        return _structureless(field) if _signal_to_noise(field) < LEAST_SIGNAL_TO_NOISE else None
 
     def scale_for(self, pixel_size_um: float | None, field: np.ndarray) -> float:
         """Resampling factor of a micrograph.
@@ -227,7 +227,7 @@ class Preparation:
         ------
         ValueError
             If it comes to `field` and that shows no grains, or if the factor or the image that it makes is too large
-            or too small.
+            (`TooLarge`) or too small.
         """
         if pixel_size_um is not None and self.target_pixel_size_um is not None:
             scale = pixel_size_um / self.target_pixel_size_um
@@ -246,7 +246,7 @@ class Preparation:
         if min(height, width) < self.min_size:
             raise ValueError(f"too small: {resampled}, at least {self.min_size} px are needed")
         if height * width > LARGEST_AREA_PX:
-            raise ValueError(f"too large: {resampled}, at most {LARGEST_AREA_PX / 1e6:.0f} million px may be; cut it into parts")
+            raise TooLarge(f"too large: {resampled}, at most {LARGEST_AREA_PX / 1e6:.0f} million px may be; cut it into parts")
         return scale
 
     def resample(self, field: np.ndarray, pixel_size_um: float | None) -> tuple[np.ndarray, float]:
@@ -284,6 +284,19 @@ class Preparation:
             here, there = ("bright", "dark") if bright else ("dark", "bright")
             raise ValueError(f"inverted contrast: boundaries are {here} here and {there} in the micrographs of the training; "
                              "the inverted image would be right, or a model trained on such micrographs")
+
+
+def _structureless(field: np.ndarray) -> str | None:
+    """Why no grains can be made out; None: they can, in the middle, which tells of most fields sooner, or in the whole."""
+    reason = ""
+    middle = tuple(slice(max(side - MIDDLE_PX, 0) // 2, (side + MIDDLE_PX) // 2) for side in field.shape)
+    for part in (field[middle], field):
+        try:
+            estimate_grain_diameter(part)
+            return None
+        except ValueError as error:
+            reason = f"structureless: {error}"
+    return reason
 
 
 def _signal_to_noise(field: np.ndarray) -> float:

@@ -408,6 +408,8 @@ def _one_channel(pixels: np.ndarray, path: Path) -> np.ndarray:
 
 def _read_tiff(path: Path, largest: int) -> Micrograph:
     with tifffile.TiffFile(path) as tif:
+        if not len(tif.pages):
+            raise ValueError("it holds no image")
         page = tif.pages[0]
         _check_length(tif, page, path)
         _check_page(tif, page, path, largest)

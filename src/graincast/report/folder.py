@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
+from graincast.microscope.reader import printable
 from graincast.report.drawing import BLUE, INK, VERMILION, chart, legend, steps, to_png
 from graincast.report.page import MANY, UNKNOWN, Picture, Table, embedded, number, render
 
@@ -67,7 +68,7 @@ def write_folder_report(path: Path, sources: Sequence[Path], outcomes: Sequence[
     pictured = [outcome for outcome in done if outcome.overlay is not None]
     page = render(
         "folder.html",
-        title=", ".join(dict.fromkeys((source if source.is_dir() else source.parent).resolve().name for source in sources)),
+        title=", ".join(dict.fromkeys(printable((source if source.is_dir() else source.parent).resolve().name) for source in sources)),
         headline=headline(outcomes, session),
         tiles=_tiles(outcomes, session),
         warnings=doubts,
@@ -176,7 +177,7 @@ def _fields(done: Sequence[Outcome]) -> Table | None:
         words = "µm" if unit == "um" else "px"
         mean = values[f"mean_equivalent_diameter_{unit}"]
         intercept = values[f"mean_intercept_heyn_lines_{unit}"]
-        rows.append([outcome.source.name, str(values["grains"]), str(values["grains_whole"]),
+        rows.append([outcome.file, str(values["grains"]), str(values["grains_whole"]),
                      f"{number(mean, '.3g')} {words}" if mean is not None else UNKNOWN,
                      f"{number(intercept, '.3g')} {words}" if intercept is not None else UNKNOWN,
                      number(_or_nan(values["astm_e112_g_planimetric"]), ".2f"),
@@ -190,12 +191,12 @@ def _or_nan(value: float | None) -> float:
 
 
 def _doubts(done: Sequence[Outcome]) -> Table | None:
-    rows = [[outcome.source.name, "; ".join(outcome.warnings)] for outcome in done if outcome.warnings]
+    rows = [[outcome.file, "; ".join(outcome.warnings)] for outcome in done if outcome.warnings]
     return Table("What to know of single fields", ["File", "Warnings"], rows, folded=len(rows) > MANY) if rows else None
 
 
 def _refused(outcomes: Sequence[Outcome]) -> Table | None:
-    rows = [[outcome.source.name, outcome.refused] for outcome in outcomes if outcome.refused]
+    rows = [[outcome.file, outcome.refused] for outcome in outcomes if outcome.refused]
     return Table("Files without a result", ["File", "Reason"], rows) if rows else None
 
 
@@ -208,4 +209,4 @@ def _picture(outcome: Outcome) -> Picture:
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
         source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
         words = outcome.sizes.headline if outcome.sizes else ""
-        return Picture(source, *picture.size, f"Boundaries found in {outcome.source.name}", f"{outcome.source.name}: {_micro(words)}")
+        return Picture(source, *picture.size, f"Boundaries found in {outcome.file}", f"{outcome.file}: {_micro(words)}")

@@ -8,7 +8,7 @@ grid of the whole image.
 
 *Afterwards*, grains that a seam runs through are put together. Both blocks have seen a strip on either side of the seam; two
 grains that meet on it are one if they cover most of the smaller one's pixels in that strip together. Where one block parts what
-the other does not, the pieces become one grain, so no grain ever ends on a seam.
+the other does not, the pieces become one grain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from graincast.microscope.reader import Micrograph
 from graincast.microscope.streamed import BAND_ROWS, StreamedMicrograph
 from graincast.segment.instances import instances
 from graincast.segment.network import STRIDE
-from graincast.segment.segmenter import Run, Segmenter, brought_back, eager
+from graincast.segment.segmenter import HALO, Run, Segmenter, brought_back, eager
 from graincast.store.imageset import whole_file
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ LARGEST_BLOCK_PX = 3072
 HALO_GRAINS = 1.5
 """Width of the halo in grain diameters: most grains on a seam are seen whole by both blocks."""
 LARGEST_HALO_PX = 1024  # of the micrograph
-MARGIN_PX = 32
-"""What the network sees around a block with its halo, px of its scale."""
 WORKERS = 2
 """Blocks in the making at the same time, at most: each takes some 0.5 GB."""
 MEASURED_PX = 2048
@@ -280,7 +278,7 @@ class _Grid:
     def __init__(self, field: _Field) -> None:
         scale = field.scale
         self.halo = min(math.ceil(HALO_GRAINS * field.preparation.grain_diameter_px / scale), LARGEST_HALO_PX)
-        side = min((BLOCK_PX - 2 * MARGIN_PX) / scale, LARGEST_BLOCK_PX)
+        side = min((BLOCK_PX - 2 * HALO) / scale, LARGEST_BLOCK_PX)
         core = max(int(side) - 2 * self.halo, self.halo)
         self.shape = field.shape
         self.rows, self.columns = (np.linspace(0, extent, -(-extent // core) + 1).round().astype(int).tolist() for extent in field.shape)
@@ -307,8 +305,9 @@ def _block(place: tuple[int, int], grid: _Grid, field: _Field, run: Run, segment
     window, inner, pad = [], [], []
     for part, extent, count in zip(seen, field.shape, field.resampled_shape, strict=True):
         low, high = part.start * count / extent, part.stop * count / extent
-        start, stop = math.floor(low) - MARGIN_PX, math.ceil(high) + MARGIN_PX
-        stop += -(stop - start) % STRIDE
+        start, stop = math.floor(low) - HALO, math.ceil(high) + HALO
+        start -= start % STRIDE  # the network pools from line to line of this grid, as in the whole; off it, one grain in a hundred differs
+        stop += -stop % STRIDE
         window.append(slice(max(start, 0), min(stop, count)))
         pad.append((max(-start, 0), max(stop - count, 0)))
         inner.append((low - start, high - start))

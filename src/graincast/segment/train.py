@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -123,6 +122,8 @@ def calibrated(segmenter: Segmenter, held_out: Sequence[Pair], seed: int) -> Cal
     Calibration or None
         None, with a sentence in the log, where there is too little to learn from (`graincast.segment.confidence.fit`).
     """
+    import pandas as pd  # here, as training itself runs without it
+
     augment, rng = Augment.model_validate(segmenter.config["augment"]), np.random.default_rng(seed)
     features, right, specimen = [], [], []
     structures = [labels.tobytes() for _, labels in held_out]  # the same one may be there in several looks

@@ -13,6 +13,7 @@ References
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from graincast.segment.network import DEPTH_PX, STRIDE, standardise
 from graincast.segment.segmenter import WEIGHTS, Segmenter
 from graincast.simulate.tessellation import tessellate
 from graincast.store.imageset import whole_file
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime, which tests the package, would report it, and keep an id in the home
 
 OPSET = 20
 """ONNX operators' version, of 2023: what runs on ONNX Runtime 1.17 and later."""

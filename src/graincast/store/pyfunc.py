@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from graincast.errors import UserError
-from graincast.measure.field import FieldSizes, measure_field
-from graincast.measure.grains import measure_grains
+from graincast.found import Found, find_grains
 from graincast.microscope.reader import LARGEST_SAMPLES, Micrograph, from_array, read_bytes
-from graincast.segment.confidence import grain_confidence, line_confidence
-from graincast.segment.instances import instances
 from graincast.segment.segmenter import Segmenter
 
 IMAGE, PIXEL_SIZE, LABELS, GRAINS = "image", "pixel_size_um", "labels", "grains"
@@ -23,31 +20,6 @@ IMAGE, PIXEL_SIZE, LABELS, GRAINS = "image", "pixel_size_um", "labels", "grains"
 
 SMALLEST_UM, LARGEST_UM = 1e-6, 1e6
 """Pixel sizes that are believed, um: a picometre, a metre."""
-
-
-class Found(NamedTuple):
-    """What an image shows.
-
-    Attributes
-    ----------
-    labels : ndarray
-        Instance ids, int32, at the image's own size; 1..N tile the field, 0 on the info bar.
-    grains : pandas.DataFrame
-        `graincast.measure.grains.measure_grains` of them: one row a grain, um or px in the columns' names; and ``confidence``
-        where the segmenter gives one.
-    pixel_size_um : float or None
-        Pixel size that was measured with, um; None: nobody knew it, and the table is in px.
-    sizes : FieldSizes
-        Figures of the field (`graincast.measure.field.measure_field`).
-    line_confidence : ndarray or None
-        `graincast.segment.confidence.line_confidence`, (H, W); None where the segmenter gives no confidence.
-    """
-
-    labels: np.ndarray
-    grains: pd.DataFrame
-    pixel_size_um: float | None
-    sizes: FieldSizes
-    line_confidence: np.ndarray | None
 
 
 class ServedSegmenter:
@@ -106,19 +78,7 @@ class ServedSegmenter:
         if pixel_size_um is not None and not _is_pixel_size(pixel_size_um):
             shown = str(pixel_size_um)[:40]
             raise UserError(f"pixel_size_um {shown} is no pixel size; micrometres, {SMALLEST_UM:g} to {LARGEST_UM:g}, would be right")
-        segmenter, sure = self.segmenter, None
-        maps, scale = segmenter.micrograph_maps(micrograph, pixel_size_um)
-        labels = np.zeros(micrograph.image.shape, np.int32)
-        labels[: maps.shape[1]] = instances(maps, segmenter.cut, scale)
-        assert segmenter.preparation is not None  # or there were no maps
-        size, field = segmenter.preparation.pixel_size(micrograph, pixel_size_um), labels > 0
-        grains = measure_grains(labels, size, field=field)
-        sizes = measure_field(labels, size, grains, field)
-        if segmenter.calibration is not None:
-            grains["confidence"] = grain_confidence(labels, maps, segmenter.calibration)[grains["label"] - 1]
-            sure = np.full(labels.shape, np.nan, np.float32)
-            sure[: maps.shape[1]] = line_confidence(labels[: maps.shape[1]], maps)
-        return Found(labels, grains, size, sizes, sure)
+        return find_grains(self.segmenter, micrograph, pixel_size_um)
 
 
 def _is_pixel_size(value: Any) -> bool:
