@@ -350,7 +350,7 @@ class TestLarge:
         assert [file.name for file in tmp_path.iterdir()] == ["m.tif"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_benchmark_ends_in_one_json_object():
     command = [sys.executable, "-m", "benchmarks.segment_throughput", "--quick"]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
