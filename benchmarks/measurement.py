@@ -48,6 +48,11 @@ FIELDS, PIXEL_UM = 16, 0.5
 E112_TABLE = {0: (7.75, 320.0), 1: (15.50, 226.3), 3: (62.00, 113.1), 5: (248.0, 56.6), 8: (1984.0, 20.0), 10: (7936.0, 10.0), 12: (31744.0, 5.0)}
 """ASTM E112-13, table 4: G to grains per mm^2 and mean lineal intercept in um, as the definitions give them: 7.75 * 2^G and
 320 * 2^(-G/2)."""
+PUBLISHED = ((25, 75, 4.81), (33, 270, 8.91))
+"""Worked examples of a textbook (Callister & Rethwisch, Materials Science and Engineering, chapter 4): grains per square inch, as counted at
+this magnification, and the number found."""
+PER_SQUARE_INCH = 645.16
+"""Square millimetres in a square inch."""
 E112_STUDENT = {5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """ASTM E112-13, table of multipliers for the 95 % interval: number of fields to t."""
 BY_HAND = "feret_max"
@@ -150,6 +155,9 @@ def e112() -> Found:
     for number, (per_mm2, intercept_um) in E112_TABLE.items():
         rows.append({"case": f"table 4, G = {number}", "planimetric": astm_e112_planimetric(per_mm2) - number,
                      "heyn_lines": astm_e112_intercept(intercept_um * 1e-3) - number})
+    for count, magnification, number in PUBLISHED:
+        rows.append({"case": f"textbook, {count} per in2 at {magnification}x",
+                     "planimetric": astm_e112_planimetric(count * magnification**2 / PER_SQUARE_INCH) - number})
     true = astm_e112_planimetric(1e6 / (CELL_PX2 * PIXEL_UM**2))
     edge, side = math.sqrt(2 * CELL_PX2 / (3 * math.sqrt(3))), math.sqrt(CELL_PX2)
     perimeters = {"hexagons": (hexagons, 6 * edge), "squares": (squares, 4 * side)}
@@ -167,7 +175,7 @@ def e112() -> Found:
     table = pd.DataFrame(rows).set_index("case")
     print(f"\nASTM E112, error of G; mean and standard deviation over {FIELDS} fields\n" + table.round(3).to_string(na_rep=""))
     print(f"Student's t against the standard's table: largest difference {max(abs(_multiplier(n) - t) for n, t in E112_STUDENT.items()):.4f}")
-    judged = table[table.index.str.contains("table|mean")]  # one circle in one lattice meets it by chance
+    judged = table[table.index.str.contains("table|textbook|mean")]  # one circle in one lattice meets it by chance
     return ({"e112_max_error_g": float(judged.abs().max().max())}, {"cases": json.loads(table.round(4).to_json(orient="index"))})
 
 
