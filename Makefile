@@ -51,14 +51,17 @@ demo: setup
 serve: setup
 	@$(ENV) && exec graincast serve --port $(PORT)
 
-# In two processes, as most machines have two processors: what takes minutes beside the rest. Threads that wait must not spin then.
+# In three processes, as most machines have two processors or more: two of what takes minutes beside the rest. Threads that wait must not
+# spin then.
 test: setup
 	@$(ENV) && export OMP_WAIT_POLICY=PASSIVE && mkdir -p .graincast && { \
-		python -m pytest -m "slow and not proof" > .graincast/slow-tests.log 2>&1 & slow=$$!; \
+		python -m pytest -m "slow and not proof" tests/test_pipeline.py > .graincast/pipeline-tests.log 2>&1 & pipeline=$$!; \
+		python -m pytest -m "slow and not proof" --ignore tests/test_pipeline.py > .graincast/slow-tests.log 2>&1 & slow=$$!; \
 		python -m pytest -m "not slow and not proof"; fast=$$?; \
+		wait $$pipeline; pipeline=$$?; \
 		wait $$slow; slow=$$?; \
-		cat .graincast/slow-tests.log; \
-		exit $$((fast | slow)); \
+		cat .graincast/pipeline-tests.log .graincast/slow-tests.log; \
+		exit $$((fast | pipeline | slow)); \
 	}
 
 lint: $(INSTALLED)
