@@ -152,6 +152,20 @@ def test_first_model_passes_floors_and_is_on_record(lab: Lab):
     assert decisions == 1
 
 
+def test_results_load_where_the_library_lies_in_the_checkout(lab: Lab):
+    """As in a user's checkout: ZenML then notes the library's classes by their path, as ``src.graincast...``."""
+    noted = dict(lab.zenml("select name, data_type from artifact_version join artifact on artifact.id = artifact_version.artifact_id "
+                           "where name = 'segmenter'"))
+    assert noted, "the segmenter is an artifact"
+    done = lab.run("python -c \"import sys; sys.path.insert(0, '.'); from importlib import import_module; from zenml.client import Client; "
+                   "from steps.artifacts import FolderMaterializer; "
+                   "version = Client().list_artifact_versions(artifact='segmenter').items[0]; "
+                   "store = Client().active_stack.artifact_store; other = import_module('src.graincast.store.versioning').Artifact; "
+                   "loader = FolderMaterializer(version.uri, store); loader.validate_load_type_compatibility(other); "
+                   "print(loader.load(other).path.is_dir())\"")
+    assert done.stdout.strip().endswith("True"), done.stdout
+
+
 def test_session_in_control_is_segmented_and_its_bad_files_are_set_aside(lab: Lab):
     session = lab.deliver("in control", seed=7)
     (session / "empty.tif").touch()
